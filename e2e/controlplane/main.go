@@ -14,6 +14,9 @@ import (
 	scheduler "k8s.io/kubernetes/cmd/kube-scheduler/app"
 )
 
+const usage = "usage: controlplane etcd|kube-apiserver|kube-controller-manager|kube-scheduler [flags]\n" +
+	"       controlplane certificates DIRECTORY"
+
 var components = map[string]func() *cobra.Command{
 	"kube-apiserver":          apiserver.NewAPIServerCommand,
 	"kube-controller-manager": controllermanager.NewControllerManagerCommand,
@@ -22,19 +25,25 @@ var components = map[string]func() *cobra.Command{
 
 func main() {
 	if len(os.Args) < 2 {
-		fmt.Fprintln(os.Stderr, "usage: controlplane etcd|kube-apiserver|kube-controller-manager|kube-scheduler [flags]")
-		os.Exit(2)
+		fail(usage)
 	}
 	name := os.Args[1]
 	os.Args = append([]string{name}, os.Args[2:]...)
-	if name == "etcd" {
+	switch command, known := components[name]; {
+	case known:
+		os.Exit(cli.Run(command()))
+	case name == "etcd":
 		etcdmain.Main(os.Args)
-		return
+	case name == "certificates" && len(os.Args) == 2:
+		if err := certificates(os.Args[1]); err != nil {
+			fail(err.Error())
+		}
+	default:
+		fail(usage)
 	}
-	command, known := components[name]
-	if !known {
-		fmt.Fprintf(os.Stderr, "controlplane: no component %q: etcd, kube-apiserver, kube-controller-manager or kube-scheduler\n", name)
-		os.Exit(2)
-	}
-	os.Exit(cli.Run(command()))
+}
+
+func fail(line string) {
+	fmt.Fprintln(os.Stderr, line)
+	os.Exit(2)
 }
