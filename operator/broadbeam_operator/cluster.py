@@ -7,7 +7,7 @@ so that neither has to discover the API.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 from broadbeam_crds.conventions import API_GROUP, API_VERSION, KIND, PLURAL
@@ -77,8 +77,8 @@ class Cluster(Protocol):
 
     async def list(
         self, kind: Kind, namespace: str | None, labels: Mapping[str, str] | None = None
-    ) -> list[Object]:
-        """Objects with all of `labels`, apiVersion and kind filled in; namespace None means all namespaces."""
+    ) -> Sequence[Object]:
+        """Objects with all of `labels`, apiVersion and kind filled in; namespace None means all."""
 
     async def apply(self, obj: Object) -> Object:
         """Server-side apply under our field manager, with force; the object as it is stored afterwards.
