@@ -10,11 +10,11 @@ import (
 	"k8s.io/client-go/util/keyutil"
 )
 
-// certificates writes what an API server on 127.0.0.1 needs into a directory: server.crt (its own
-// certificate, then the authority's, so that it serves as CA bundle too), server.key and service-account.key.
-func certificates(directory string) error {
+// certificates writes what an API server on address needs into a directory: server.crt (its own certificate,
+// then the authority's, so that it serves as CA bundle too), server.key and service-account.key.
+func certificates(directory, address string) error {
 	server, serverKey, err := cert.GenerateSelfSignedCertKey(
-		"127.0.0.1", []net.IP{net.ParseIP("10.96.0.1")}, []string{"localhost", "kubernetes.default.svc"})
+		address, []net.IP{net.IPv4(127, 0, 0, 1)}, []string{"localhost", "kubernetes.default.svc"})
 	if err != nil {
 		return err
 	}

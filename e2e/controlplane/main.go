@@ -15,7 +15,7 @@ import (
 )
 
 const usage = "usage: controlplane etcd|kube-apiserver|kube-controller-manager|kube-scheduler [flags]\n" +
-	"       controlplane certificates DIRECTORY"
+	"       controlplane certificates DIRECTORY ADDRESS"
 
 var components = map[string]func() *cobra.Command{
 	"kube-apiserver":          apiserver.NewAPIServerCommand,
@@ -34,8 +34,8 @@ func main() {
 		os.Exit(cli.Run(command()))
 	case name == "etcd":
 		etcdmain.Main(os.Args)
-	case name == "certificates" && len(os.Args) == 2:
-		if err := certificates(os.Args[1]); err != nil {
+	case name == "certificates" && len(os.Args) == 3:
+		if err := certificates(os.Args[1], os.Args[2]); err != nil {
 			fail(err.Error())
 		}
 	default:
