@@ -23,7 +23,7 @@ class _Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     pass
 
 
-class ModelConfig(_Struct):
+class ModelConfig(_Struct, frozen=True):
     """`source` is file://PATH, pvc://CLAIM/PATH, hf://REPO or pypi://PACKAGE==VERSION/PATH/IN/WHEEL."""
 
     name: str
@@ -31,7 +31,7 @@ class ModelConfig(_Struct):
     max_model_len: int | None = None  # tokens; None: what the model's own config says
 
 
-class ParallelConfig(_Struct):
+class ParallelConfig(_Struct, frozen=True):
     """data * tensor = nodes * ranks_per_node; the expert-parallel degree is data * tensor."""
 
     data: int = 1
@@ -46,7 +46,7 @@ class ParallelConfig(_Struct):
         return self.data * self.tensor
 
 
-class CacheConfig(_Struct):
+class CacheConfig(_Struct, frozen=True):
     """The paged KV cache of one rank."""
 
     block_size: int = 16  # tokens
@@ -55,19 +55,19 @@ class CacheConfig(_Struct):
     prefix_reuse: bool = True
 
 
-class SchedulingConfig(_Struct):
+class SchedulingConfig(_Struct, frozen=True):
     max_batched_tokens: int = 2048  # per step; longer prompts are chunked
     max_sequences: int = 64
     stream_interval: int = 1  # tokens per streamed message, the first always at once
 
 
-class KVTransferConfig(_Struct):
+class KVTransferConfig(_Struct, frozen=True):
     connector: Connector
     lease_s: float = 30.0  # how long a prefill rank keeps blocks for a decode rank that stays silent
     load_failure_policy: Literal["fail", "recompute"] = "fail"
 
 
-class SimConfig(_Struct):
+class SimConfig(_Struct, frozen=True):
     """Timing of `engine.name: sim`, per step: base + per token."""
 
     prefill_base_ms: float = 5.0
@@ -79,7 +79,7 @@ class SimConfig(_Struct):
     seed: int = 0
 
 
-class EngineConfig(_Struct):
+class EngineConfig(_Struct, frozen=True):
     engine: Literal["broadbeam", "sim"]
     role: Role
     model: ModelConfig

@@ -9,31 +9,31 @@ from broadbeam_crds.conventions import GATEWAY_METRICS_PORT, GATEWAY_PORT
 from broadbeam_crds.engine_config import Role, _Struct
 
 
-class KubernetesEndpoints(_Struct, tag_field="from", tag="kubernetes"):
-    """Watch the engine pods of one cluster (`conventions.LABEL_*`); a Ready pod gives one endpoint per rank."""
+class KubernetesEndpoints(_Struct, frozen=True, tag_field="from", tag="kubernetes"):
+    """Watch the engine pods of one cluster (`conventions.LABEL_*`); a Ready pod gives an endpoint per rank."""
 
     namespace: str
     cluster: str
 
 
-class FileEndpoints(_Struct, tag_field="from", tag="file"):
+class FileEndpoints(_Struct, frozen=True, tag_field="from", tag="file"):
     path: str
 
 
-class AuthConfig(_Struct):
-    """API keys are accepted as `Authorization: Bearer KEY`; every file in `keys_dir` holds keys, one a line."""
+class AuthConfig(_Struct, frozen=True):
+    """API keys come as `Authorization: Bearer KEY`; every file in `keys_dir` holds keys, one a line."""
 
     keys_dir: str
 
 
-class LimitsConfig(_Struct):
+class LimitsConfig(_Struct, frozen=True):
     max_body_bytes: int = 32 * 2**20
     max_header_bytes: int = 64 * 2**10
     max_connections: int = 4096
     max_in_flight: int = 1024  # requests; above it 429
 
 
-class TimeoutsConfig(_Struct):
+class TimeoutsConfig(_Struct, frozen=True):
     connect_s: float = 2.0
     prefill_s: float = 120.0
     first_byte_s: float = 300.0  # decode leg: until the response starts
@@ -41,7 +41,7 @@ class TimeoutsConfig(_Struct):
     drain_s: float = 30.0
 
 
-class GatewayConfig(_Struct):
+class GatewayConfig(_Struct, frozen=True):
     cluster: str
     models: list[str]  # names clients may ask for
     endpoints: KubernetesEndpoints | FileEndpoints
@@ -54,10 +54,12 @@ class GatewayConfig(_Struct):
     timeouts: TimeoutsConfig = TimeoutsConfig()
     retries: int = 2  # further endpoints tried per leg, before the first byte reached the client
     ejection_s: float = 5.0  # an endpoint that failed is left out this long, doubling up to 60 s
-    route_headers: bool = False  # answer with x-broadbeam-prefill / x-broadbeam-decode (endpoint names, never hosts)
+    route_headers: bool = (
+        False  # answer with x-broadbeam-prefill / x-broadbeam-decode (endpoint names, never hosts)
+    )
 
 
-class Endpoint(_Struct):
+class Endpoint(_Struct, frozen=True):
     """One rank. `name` is POD/RANK-IN-POD and is what logs and headers show."""
 
     name: str
@@ -70,5 +72,5 @@ class Endpoint(_Struct):
     ready: bool = True
 
 
-class EndpointsFile(_Struct):
+class EndpointsFile(_Struct, frozen=True):
     endpoints: list[Endpoint]
