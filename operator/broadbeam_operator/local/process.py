@@ -1,0 +1,123 @@
+"""Local processes that cannot outlive the process that started them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from broadbeam_operator.local.guard import kill_sessions
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class StartError(Exception):
+    """A command that could not be started; the message names it and says why."""
+
+
+class Guard:
+    """Kills what a node started once the node is gone; see `guard.py`. Started by its first process."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def add(self, session: int) -> None:
+        self._tell(f"+{session}\n")
+
+    def remove(self, session: int) -> None:
+        self._tell(f"-{session}\n")
+
+    def close(self) -> None:
+        """End the guard; whatever is still registered is killed."""
+        if self._process is not None and self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+            self._process.wait()
+            self._process = None
+
+    def _tell(self, line: str) -> None:
+        if self._process is None:
+            command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("guard.py"))]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # somebody killed the guard: PDEATHSIG is still there
+            self._process.stdin.write(line.encode())
+            self._process.stdin.flush()
+
+
+@dataclass(slots=True)
+class Child:
+    """A running process, first of its own session."""
+
+    process: asyncio.subprocess.Process
+    guard: Guard
+    _reaped: bool = field(default=False)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    async def wait(self) -> int:
+        """The exit code, 128 + n for signal n, once the process has ended and its session is empty."""
+        code = await self.process.wait()
+        if not self._reaped:
+            self._reaped = True
+            # A container's end is the end of all its processes; here its session stands for it.
+            kill_sessions({self.pid})
+            self.guard.remove(self.pid)
+        return code if code >= 0 else 128 - code
+
+    def signal(self, signum: int) -> None:
+        """Send to the first process only, as a container runtime does."""
+        if self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.send_signal(signum)
+
+    async def terminate(self, grace_s: float) -> int:
+        """SIGTERM, then SIGKILL to the whole session after `grace_s`; the exit code."""
+        self.signal(signal.SIGTERM)
+        try:
+            return await asyncio.wait_for(asyncio.shield(self.wait()), grace_s)
+        except TimeoutError:
+            kill_sessions({self.pid})
+            return await self.wait()
+
+
+def _dying_with(parent: int) -> Callable[[], None]:
+    def prepare() -> None:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died between fork and prctl
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return prepare
+
+
+async def start(
+    command: Sequence[str], environment: Mapping[str, str], cwd: Path, log: IO[bytes], guard: Guard
+) -> Child:
+    """Start `command` in a session of its own, both outputs to `log`; StartError when it cannot be."""
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            env=dict(environment),
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=_dying_with(os.getpid()),
+        )
+    except OSError as error:
+        raise StartError(f"{command[0]}: {error.strerror}") from error
+    child = Child(process, guard)
+    guard.add(child.pid)
+    return child
