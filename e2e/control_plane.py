@@ -22,10 +22,11 @@ from namespaces import API_SERVER_ADDRESS
 URL = f"https://{API_SERVER_ADDRESS}"
 ETCD = "http://127.0.0.1:2379"
 SERVICE_NETWORK = "10.96.0.0/16"
-# user -> groups; RBAC's own bootstrap roles give each what it needs.
+# user -> groups. The controller-manager may do everything, since its controllers share one identity here
+# (one service account each takes it 5 s more to start); the scheduler has the role that RBAC brings for it.
 USERS = {
     "admin": "system:masters",
-    "system:kube-controller-manager": "",
+    "system:kube-controller-manager": "system:masters",
     "system:kube-scheduler": "",
 }
 START_TIMEOUT_S = 60.0
