@@ -71,6 +71,7 @@ class Output:
     cached_tokens: int = 0  # prompt tokens found in this rank's prefix cache
     transferred_tokens: int = 0  # prompt tokens whose KV came from a prefill rank
     kv_transfer_params: dict[str, Any] | None = None
+    queue_s: float = 0.0  # on the first output: from arrival until the request first ran
 
 
 @dataclass(frozen=True, slots=True)

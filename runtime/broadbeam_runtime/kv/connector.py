@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
+if TYPE_CHECKING:  # the simulator's connector runs without torch
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,9 @@ class KVConnector(Protocol):
 
     def release(self, request_id: str) -> None:
         """Give up a lease early (the request was aborted)."""
+
+    def expect(self, request_id: str, params: dict[str, Any]) -> None:
+        """The request waits here for local blocks: keep its lease alive until `pull` or `cancel`."""
 
     def pull(self, request_id: str, params: dict[str, Any], block_ids: Sequence[int]) -> None:
         """Start reading the remote blocks into the local `block_ids` (same count and order)."""
