@@ -10,7 +10,7 @@ from broadbeam_crds.engine_config import Role, _Struct
 
 
 class KubernetesEndpoints(_Struct, frozen=True, tag_field="from", tag="kubernetes"):
-    """Watch the engine pods of one cluster (`conventions.LABEL_*`); a Ready pod gives an endpoint per rank."""
+    """Watch the engine pods of one cluster (`conventions.LABEL_*`); a Ready pod: one endpoint per rank."""
 
     namespace: str
     cluster: str

@@ -98,7 +98,7 @@ class Quantity(_Amount):
     @property
     def amount(self) -> Decimal:
         """The number itself: cores for CPU, bytes for memory."""
-        number = self.rstrip("mkMGTPi")
+        number = self.rstrip("mkKMGTPi")
         return Decimal(number) * _SUFFIX[self[len(number) :]]
 
     @property

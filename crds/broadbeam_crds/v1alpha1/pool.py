@@ -179,7 +179,9 @@ class KVCache(ApiModel):
         None,
         description="Memory of each rank's cache. Unset: a share of what is free when the engine starts.",
     )
-    block_size: int = Field(16, ge=1, le=1024, description="Tokens of one block.")
+    block_size: int | None = Field(
+        None, ge=1, le=1024, description="Tokens of one block. Unset: the engine's choice; broadbeam's is 16."
+    )
     prefix_reuse: bool = Field(True, description="Use the blocks of an earlier prompt that began alike.")
 
 

@@ -1,0 +1,80 @@
+"""A cross-field rule, said once: a message with gaps, Python that finds what breaks it, and the same in CEL.
+
+The message's gaps are filled from Python values here and from CEL expressions in the API server, so both
+refuse in the same words. A message begins with the field's path and a colon.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from broadbeam_crds.v1alpha1 import ServingCluster
+
+Finding = Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One thing that is wrong with a manifest. `message` is the whole line, field and limit included."""
+
+    field: str
+    value: str
+    limit: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cel:
+    """`rule` must be true. `values` are string expressions for the message's gaps."""
+
+    scope: Literal["cluster", "spec", "pool"]
+    rule: str
+    values: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """`find` gives a finding for each violation: the message's gaps, and `value` and `limit` for programs."""
+
+    message: str
+    find: Callable[[ServingCluster], Iterable[Finding]]
+    cel: Cel | None = None
+
+    def check(self, cluster: ServingCluster) -> list[Violation]:
+        return [self._violation(finding) for finding in self.find(cluster)]
+
+    def _violation(self, finding: Finding) -> Violation:
+        message = self.message.format(**finding)
+        path = message.partition(": ")[0]
+        return Violation(path, str(finding.get("value", "")), str(finding.get("limit", "")), message)
+
+    def cel_message(self) -> str:
+        """The message as a CEL expression: 'text' + expression + 'text'."""
+        assert self.cel is not None
+        parts = re.split(r"\{(\w+)\}", self.message)
+        terms = [self.cel.values[part] if i % 2 else cel_text(part) for i, part in enumerate(parts)]
+        return " + ".join(term for term in terms if term != "''")
+
+
+def cel_text(text: str) -> str:
+    """`text` as a CEL string literal."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def cel_list(values: Iterable[object]) -> str:
+    """Values of one type as a CEL list literal."""
+    return "[" + ", ".join(cel_literal(value) for value in values) + "]"
+
+
+def cel_literal(value: object) -> str:
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case int():
+            return str(value)
+        case _:
+            return cel_text(str(value))
