@@ -77,6 +77,8 @@ class SimConfig(_Struct, frozen=True):
     load_s: float = 0.0  # start-up time before ready
     kv_bytes_per_token: int = 70_272  # DeepSeek-V3: 61 layers * 576 * 2 bytes
     seed: int = 0
+    stall_s: float = 10.0  # how long a dead rank stalls its group before the others notice and exit
+    transfer_gbit_s: float = 100.0  # KV transfer between two ranks
 
 
 class EngineConfig(_Struct, frozen=True):
