@@ -35,11 +35,13 @@ LEASE_RENEWAL_S = 10.0
 LEASE_PATH = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases"
 
 # Runs before a pod's own command, in a mount namespace of its own. Client libraries have the path of the
-# service account written into them, and kopf the name kubernetes.default.svc.
-MOUNT = """
-accounts=/run/secrets/kubernetes.io
-mount -t tmpfs pod /run && mkdir -p $accounts/serviceaccount &&
-mount --bind "$1" $accounts/serviceaccount && mount --bind "$2" /etc/hosts && shift 2 && exec "$@"
+# service account written into them, and kopf the name kubernetes.default.svc. The folder comes from the
+# environment, since the pod runner rewrites paths in arguments; $1 is the pod's uid.
+ENV_FOLDER = "BROADBEAM_E2E_NODE"
+MOUNT = f"""
+accounts=/run/secrets/kubernetes.io/serviceaccount
+mount --bind "${ENV_FOLDER}/hosts.pod" /etc/hosts && mount --bind "${ENV_FOLDER}/tokens/$1" /mnt &&
+mount -t tmpfs pod /run && mkdir -p $accounts && mount --move /mnt $accounts && shift && exec "$@"
 """
 
 
@@ -90,9 +92,7 @@ class Kubelet:
         token = await self.mint_token(pod)
         self.addresses_given += 1
         third, fourth = divmod(self.addresses_given, 250)
-        manifest = in_mount_namespace(
-            {"apiVersion": "v1", "kind": "Pod", **pod}, token, self.folder / "hosts.pod"
-        )
+        manifest = in_mount_namespace({"apiVersion": "v1", "kind": "Pod", **pod})
         self.pods[uid] = self.runner.start(
             manifest, f"10.77.{third + 1}.{fourth + 1}", lambda process: self.tell(uid, process), token
         )
@@ -180,13 +180,13 @@ def keep_log(process: PodProcess, folder: Path) -> None:
                 kept.write(log.read_bytes())
 
 
-def in_mount_namespace(pod: Object, token: Path, hosts: Path) -> Object:
+def in_mount_namespace(pod: Object) -> Object:
     """The pod with the command of every container started through MOUNT."""
 
     def wrapped(container: Object) -> Object:
         if not container.get("command"):
             return container
-        before = ["unshare", "--mount", "sh", "-c", MOUNT, "sh", str(token), str(hosts)]
+        before = ["unshare", "--mount", "sh", "-c", MOUNT, "sh", pod["metadata"]["uid"]]
         return {**container, "command": [*before, *container["command"]]}
 
     spec = dict(pod["spec"])
@@ -297,6 +297,7 @@ def machine(api: Api, folder: Path) -> Node:
             "OMP_NUM_THREADS": "1",
         },
         imposed={
+            ENV_FOLDER: str(folder),
             ENV_HOSTS_FILE: str(folder / "hosts"),
             "KUBERNETES_SERVICE_HOST": API_SERVER_ADDRESS,
             "KUBERNETES_SERVICE_PORT": "443",
