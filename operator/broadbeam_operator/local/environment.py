@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ def resource(container: Manifest, ref: Manifest) -> str:
     value = (resources.get(kind) or {}).get(name)
     if value is None:
         raise PodConfigError(f"resourceFieldRef {ref['resource']!r}: the container sets no such resource")
-    return str(int(-(-quantity(value) // quantity(ref.get("divisor") or "1"))))
+    return str(math.ceil(quantity(value) / quantity(ref.get("divisor") or "1")))
 
 
 def expand(text: str, variables: Mapping[str, str]) -> str:
