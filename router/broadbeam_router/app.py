@@ -1,0 +1,197 @@
+"""The gateway's routes, and what is checked of a request before it goes to an engine."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from broadbeam_crds.gateway_config import GatewayConfig
+from broadbeam_router import legs
+from broadbeam_router.auth import ApiKeys
+from broadbeam_router.call import Call, echoed_id, engine_lines, request_id
+from broadbeam_router.client import ClientConnection, Request, Work
+from broadbeam_router.errors import (
+    SHAPES,
+    Draining,
+    MethodNotAllowed,
+    ModelNotFound,
+    NoEndpoint,
+    NotFound,
+    RequestError,
+    TooManyRequests,
+)
+from broadbeam_router.fleet import Fleet
+from broadbeam_router.forward import Forwarder
+from broadbeam_router.metrics import CONTENT_TYPE, Metrics
+from broadbeam_router.openai import Fields, chat_fields, completion_fields
+
+log = logging.getLogger(__name__)
+
+PLAIN = b"text/plain"
+CLIENT_GONE = 499  # nginx's status for it; only metrics and logs ever see it
+
+
+class Gateway:
+    """Serves the public port; `MetricsPage` serves the other one."""
+
+    def __init__(self, config: GatewayConfig, fleet: Fleet, keys: ApiKeys | None) -> None:
+        self._config = config
+        self._keys = keys
+        self.fleet = fleet
+        self.in_flight = 0
+        self.draining = False
+        self.metrics = Metrics(self)
+        self._forwarder = Forwarder(
+            fleet, self.metrics, config.timeouts, config.retries, config.route_headers
+        )
+        self._models = frozenset(config.models)
+        self._models_body = _models_body(config.models)
+        self._pages: dict[bytes, Callable[[ClientConnection, Request], None]] = {
+            b"/v1/models": self._list_models,
+            b"/health": self.health,
+            b"/readyz": self.ready,
+        }
+        self._inference: dict[bytes, tuple[str, Callable[[bytes], Fields]]] = {
+            b"/v1/chat/completions": ("chat", chat_fields),
+            b"/v1/completions": ("completions", completion_fields),
+        }
+
+    def handle(self, client: ClientConnection, request: Request) -> Work | None:
+        started_s = time.perf_counter()
+        inference = self._inference.get(request.path)
+        try:
+            if inference is not None:
+                return self._admit(client, request, started_s, *inference)
+            self._page(client, request)
+        except RequestError as error:
+            route = "other" if inference is None else inference[0]
+            self.metrics.answered(route, SHAPES[type(error)].status, time.perf_counter() - started_s)
+            client.respond_error(error, echoed_id(request))
+        return None
+
+    # -- pages ----------------------------------------------------------------------------------------
+
+    def _page(self, client: ClientConnection, request: Request) -> None:
+        page = self._pages.get(request.path)
+        if page is None:
+            raise NotFound(f"no such route: {request.path[:128].decode('latin-1')}")
+        if request.method not in ("GET", "HEAD"):
+            raise MethodNotAllowed(f"{request.path.decode()} takes GET, not {request.method}")
+        page(client, request)
+
+    def _list_models(self, client: ClientConnection, request: Request) -> None:
+        if self._keys is not None:
+            self._keys.check(request.headers.get(b"authorization"))
+        client.respond(200, self._models_body)
+
+    def health(self, client: ClientConnection, request: Request) -> None:
+        client.respond(200, b"ok\n", PLAIN)
+
+    def ready(self, client: ClientConnection, request: Request) -> None:
+        """Ready means that a request could be answered."""
+        if self.draining:
+            client.respond(503, b"draining\n", PLAIN)
+        elif not self.fleet.decode:
+            client.respond(503, b"no decode engine is ready\n", PLAIN)
+        else:
+            client.respond(200, b"ok\n", PLAIN)
+
+    # -- inference ------------------------------------------------------------------------------------
+
+    def _admit(
+        self,
+        client: ClientConnection,
+        request: Request,
+        started_s: float,
+        route: str,
+        parse: Callable[[bytes], Fields],
+    ) -> Work:
+        if request.method != "POST":
+            raise MethodNotAllowed(f"{request.path.decode()} takes POST, not {request.method}")
+        if self._keys is not None:
+            self._keys.check(request.headers.get(b"authorization"))
+        if self.draining:
+            raise Draining("the gateway is shutting down")
+        limit = self._config.limits.max_in_flight
+        if self.in_flight >= limit:
+            raise TooManyRequests(f"{limit} requests are in flight, which is this gateway's limit")
+        name = request_id(request)
+        fields = parse(request.body)
+        if fields.model not in self._models:
+            raise ModelNotFound(f"The model `{fields.model[:256]}` does not exist.", "model")
+        if not self.fleet.decode:
+            raise NoEndpoint("no decode engine is ready")
+        call = Call(
+            client=client,
+            route=route,
+            path=request.path,
+            body=legs.stripped(request.body) if fields.steers else request.body,
+            request_id=name,
+            lines=engine_lines(request, name),
+            started_s=started_s,
+            wants_prefill=self._config.disaggregated and bool(self.fleet.prefill) and fields.one_sequence,
+        )
+        self.in_flight += 1
+        return Work(self._answer(call), lambda gone: self._ended(call, gone))
+
+    async def _answer(self, call: Call) -> None:
+        try:
+            await self._forwarder.answer(call)
+        except RequestError as error:
+            call.status = SHAPES[type(error)].status
+            call.client.respond_error(error, b"X-Request-Id: %b\r\n" % call.request_id)
+
+    def _ended(self, call: Call, gone: bool) -> None:
+        """Runs once for every admitted call, `gone` if its client left before the answer's end."""
+        self.in_flight -= 1
+        if gone:
+            call.status = CLIENT_GONE
+        elapsed_s = time.perf_counter() - call.started_s
+        self.metrics.answered(call.route, call.status, elapsed_s)
+        if call.first_byte_s is not None:
+            self.metrics.first_token(call.route, call.first_byte_s - call.started_s)
+        if call.status < 400:
+            self.metrics.path(call.way)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s", _log_line(call, elapsed_s))
+
+
+class MetricsPage:
+    """Serves the metrics port, with the probes' pages, so that these answer when the public port is full."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    def handle(self, client: ClientConnection, request: Request) -> None:
+        match request.method, request.path:
+            case "GET", b"/metrics":
+                client.respond(200, self._gateway.metrics.render(), CONTENT_TYPE)
+            case "GET", b"/health":
+                self._gateway.health(client, request)
+            case "GET", b"/readyz":
+                self._gateway.ready(client, request)
+            case _:
+                client.respond_error(NotFound("GET /metrics, /health or /readyz"))
+
+
+def _models_body(models: list[str]) -> bytes:
+    created = int(time.time())
+    data = [{"id": m, "object": "model", "created": created, "owned_by": "broadbeam"} for m in models]
+    return msgspec.json.encode({"object": "list", "data": data})
+
+
+def _log_line(call: Call, elapsed_s: float) -> str:
+    line = {
+        "request": call.request_id.decode(),
+        "route": call.route,
+        "status": call.status,
+        "way": call.way,
+        "prefill": call.prefill_name,
+        "decode": call.decode_name,
+        "ms": round(elapsed_s * 1e3, 2),
+        "bytes_in": len(call.body),
+    }
+    return msgspec.json.encode(line).decode()

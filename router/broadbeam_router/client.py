@@ -1,0 +1,373 @@
+"""One client connection: parses HTTP/1.1 requests, hands them on in order and writes the answers.
+
+Nothing here knows about engines. A request is handed on whole; while it is served, further requests on the
+same connection wait, and the socket is read only until one waits, so a client cannot fill memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import httptools
+
+from broadbeam_crds.gateway_config import LimitsConfig
+from broadbeam_router import http1
+from broadbeam_router.deadlines import NEVER, Deadlines
+from broadbeam_router.errors import (
+    SHAPES,
+    BodyTooLarge,
+    HeadersTooLarge,
+    InternalError,
+    MalformedHttp,
+    RequestError,
+    RequestTimeout,
+    TooManyRequests,
+    error_body,
+)
+
+LINGER_S = 2.0  # how long a refused client may go on sending before its connection is cut
+KEPT_HEADERS = (b"authorization", b"x-request-id", b"traceparent", b"tracestate")
+
+
+@dataclass(slots=True)
+class Request:
+    """`headers` holds KEPT_HEADERS only; everything else a client sends in a head ends here."""
+
+    method: str
+    path: bytes
+    headers: dict[bytes, bytes]
+    body: bytes
+    keep_alive: bool
+    chunks: bool  # whether the client understands them (HTTP/1.1)
+
+
+class Source(Protocol):
+    """What fills a streamed answer; it is held back while the client does not read."""
+
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A coroutine that answers, and what runs exactly once after it, even if it never took a step; its
+    argument says whether the client left first."""
+
+    answer: Coroutine[None, None, None]
+    ended: Callable[[bool], None]
+
+
+class Handler(Protocol):
+    """Serves requests. Answers at once, or gives back the work that will."""
+
+    def handle(self, client: ClientConnection, request: Request) -> Work | None: ...
+
+
+@dataclass(slots=True)
+class Server:
+    """What the connections of one listening socket share."""
+
+    loop: asyncio.AbstractEventLoop
+    handler: Handler
+    limits: LimitsConfig
+    idle_s: float
+    deadlines: Deadlines
+    connections: set[ClientConnection]
+    draining: bool = False
+
+
+class ClientConnection(asyncio.Protocol):
+    __slots__ = (
+        "_body", "_body_size", "_chunked", "_expects", "_failure", "_head_size", "_headers", "_hosts",
+        "_keep_alive", "_moved", "_parser", "_paused", "_queue", "_recent", "_refused", "_request", "_server",
+        "_source", "_still", "_stream_head", "_task", "_transport", "_url", "deadline",
+    )  # fmt: skip
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._parser = httptools.HttpRequestParser(self)
+        self._queue: deque[Request | RequestError] = deque()
+        self._request: Request | None = None  # being served
+        self._task: asyncio.Task[None] | None = None
+        self._source: Source | None = None
+        self._stream_head: bytes | None = None  # of a started stream, until its first part is written
+        self._chunked = True
+        self._keep_alive = True
+        self._paused = False  # the client does not read what was written
+        self._refused = False  # nothing further is read from this client
+        self._failure: RequestError | None = None  # why the parser's input cannot be served
+        self._still = 0  # bytes since the parser last got anywhere
+        self.on_message_begin()
+
+    # -- the connection -------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        server = self._server
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's own is no subclass
+        self.deadline = server.loop.time() + server.idle_s
+        server.connections.add(self)
+        server.deadlines.add(self)
+        if len(server.connections) > server.limits.max_connections:
+            self._refuse(TooManyRequests(f"more than {server.limits.max_connections} connections"))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._server.connections.discard(self)
+        self._server.deadlines.discard(self)
+        self._refused = True
+        self._queue.clear()
+        if self._task is not None:
+            self._task.cancel()
+
+    def expire(self) -> None:
+        """Too long silent: half a request gets 408, an idle or stalled connection is cut."""
+        self.deadline = NEVER
+        if self._request is None and not self._refused and self._url:
+            self._refuse(RequestTimeout(f"no whole request within {self._server.idle_s:g} s"))
+        else:
+            self._transport.abort()
+
+    def drain(self) -> None:
+        """Close when the request being served, if any, is answered."""
+        if self._request is None and not self._queue:
+            self._transport.close()
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    # -- reading --------------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        self._moved = False
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._failure = MalformedHttp("Upgrade and CONNECT are not supported")
+        except httptools.HttpParserError as error:
+            self._failure = self._failure or MalformedHttp(f"malformed HTTP: {error}")
+        self._still = 0 if self._moved else self._still + len(data)
+        if self._still > self._server.limits.max_header_bytes:
+            self._failure = self._failure or self._head_too_large()
+        if self._failure is not None:
+            self._refuse(self._failure)
+
+    def on_message_begin(self) -> None:
+        self._url = b""
+        self._headers: dict[bytes, bytes] = {}
+        self._body: list[bytes] = []
+        self._body_size = 0
+        self._head_size = 0
+        self._hosts = 0
+        self._expects = False
+        self._moved = True
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+        self._count(len(url))
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value) + 4)
+        name = name.lower()
+        if name in KEPT_HEADERS:
+            if name in self._headers:
+                self._fail(MalformedHttp(f"header {name.decode()} is given twice", name.decode()))
+            self._headers[name] = value
+        elif name == b"host":
+            self._hosts += 1
+        elif name == b"content-length":
+            if int(value) > self._server.limits.max_body_bytes:
+                self._fail(self._body_too_large())
+        elif name == b"transfer-encoding":
+            if value.lower() != b"chunked":
+                self._fail(MalformedHttp("Transfer-Encoding may only be chunked", "transfer-encoding"))
+        elif name == b"expect":
+            self._expects = True
+
+    def on_headers_complete(self) -> None:
+        self._moved = True
+        self._recent = self._parser.get_http_version() == "1.1"
+        if self._hosts > 1 or (self._hosts == 0 and self._recent):
+            self._fail(MalformedHttp("exactly one Host header is needed", "host"))
+        if self._expects and self._failure is None and self._request is None:
+            self._transport.write(http1.CONTINUE)
+
+    def on_body(self, data: bytes) -> None:
+        self._moved = True
+        self._body_size += len(data)
+        if self._body_size > self._server.limits.max_body_bytes:
+            self._fail(self._body_too_large())
+        elif self._failure is None:
+            self._body.append(data)
+
+    def on_message_complete(self) -> None:
+        self._moved = True
+        if self._failure is not None:
+            return
+        body = self._body
+        request = Request(
+            method=self._parser.get_method().decode(),
+            path=_path(self._url),
+            headers=self._headers,
+            body=body[0] if len(body) == 1 else b"".join(body),
+            keep_alive=self._recent and self._parser.should_keep_alive(),
+            chunks=self._recent,
+        )
+        self._url, self._body = b"", []
+        if self._request is None and not self._queue:
+            self._start(request)
+        else:
+            self._queue.append(request)
+            self._transport.pause_reading()
+
+    def _count(self, size: int) -> None:
+        self._moved = True
+        self._head_size += size
+        if self._head_size > self._server.limits.max_header_bytes:
+            self._fail(self._head_too_large())
+
+    def _fail(self, error: RequestError) -> None:
+        self._failure = self._failure or error
+
+    def _head_too_large(self) -> RequestError:
+        return HeadersTooLarge(f"the head is larger than {self._server.limits.max_header_bytes} bytes")
+
+    def _body_too_large(self) -> RequestError:
+        return BodyTooLarge(f"the body is larger than {self._server.limits.max_body_bytes} bytes")
+
+    # -- one request after the other ------------------------------------------------------------------
+
+    def _start(self, request: Request) -> None:
+        self._request = request
+        self._keep_alive = request.keep_alive and not self._server.draining
+        self.deadline = NEVER
+        work = self._server.handler.handle(self, request)
+        if work is not None:
+            self._task = self._server.loop.create_task(work.answer)
+            self._task.add_done_callback(lambda task: self._served(task, work))
+
+    def _served(self, task: asyncio.Task[None], work: Work) -> None:
+        work.ended(task.cancelled())
+        if task.cancelled():
+            self._transport.abort()
+        elif (error := task.exception()) is not None:
+            context = {"message": "a request failed inside the gateway", "exception": error}
+            self._server.loop.call_exception_handler(context)
+            self.respond_error(InternalError("the gateway failed; its log says why"))
+
+    def _finish(self) -> None:
+        """The answer is written: take up what waits, or close."""
+        self._request = self._task = self._source = self._stream_head = None
+        if self._transport.is_closing():
+            return
+        if not self._keep_alive or self._server.draining:
+            self._transport.close()
+        elif not self._queue:
+            self.deadline = self._server.loop.time() + self._server.idle_s
+        else:
+            self._server.loop.call_soon(self._next)
+
+    def _next(self) -> None:
+        if self._queue and self._request is None:
+            waiting = self._queue.popleft()
+            if not self._queue and not self._refused:
+                self._transport.resume_reading()
+            if isinstance(waiting, RequestError):
+                self._answer_refused(waiting)
+            else:
+                self._start(waiting)
+
+    def _refuse(self, error: RequestError) -> None:
+        """Answer `error` when its turn comes, and read no more requests from this client."""
+        self._refused = True
+        if self._request is None and not self._queue:
+            self._answer_refused(error)
+        else:
+            self._queue.append(error)
+
+    def _answer_refused(self, error: RequestError) -> None:
+        # The client may still be sending: cutting now would destroy the answer before it is read.
+        self._transport.write(_error_response(error, b"", keep_alive=False))
+        self._transport.write_eof()
+        self.deadline = self._server.loop.time() + LINGER_S
+
+    # -- answering ------------------------------------------------------------------------------------
+
+    def respond(
+        self, status: int, body: bytes, content_type: bytes = http1.JSON, headers: bytes = b""
+    ) -> None:
+        """The whole answer to the request being served."""
+        assert self._request is not None, "a request is answered once"
+        if self._request.method == "HEAD":
+            head = http1.response(status, content_type, body, headers, self._keep_alive)
+            self._transport.write(head[: len(head) - len(body)])
+        else:
+            self._transport.write(http1.response(status, content_type, body, headers, self._keep_alive))
+        self._finish()
+
+    def respond_error(self, error: RequestError, headers: bytes = b"") -> None:
+        """`error` as an answer; in a stream that has begun, as its last event, after which the connection
+        is closed without the end that would make it look complete."""
+        if self._request is None or self._transport.is_closing():
+            return
+        if self._source is None or self._stream_head is not None:
+            shape = SHAPES[type(error)]
+            self.respond(shape.status, error_body(error), headers=shape.headers + headers)
+        else:
+            event = b"data: %b\n\n" % error_body(error)
+            self._transport.write(http1.chunk(event) if self._chunked else event)
+            self._request = None
+            self._transport.close()
+
+    def start_stream(self, status: int, content_type: bytes, headers: bytes, source: Source) -> None:
+        """Begin an answer of unknown length; nothing is sent before its first part."""
+        assert self._request is not None
+        self._chunked = self._request.chunks
+        self._keep_alive = self._keep_alive and self._chunked
+        self._stream_head = http1.stream_head(status, content_type, headers, self._keep_alive, self._chunked)
+        self._source = source
+        if self._paused:
+            source.pause()
+
+    def send_part(self, data: bytes) -> None:
+        if self._chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        if self._stream_head is not None:
+            data = self._stream_head + data
+            self._stream_head = None
+        self._transport.write(data)
+
+    def end_stream(self) -> None:
+        if self._chunked:
+            self._transport.write((self._stream_head or b"") + http1.LAST_CHUNK)
+        self._finish()
+
+    def pause_writing(self) -> None:
+        self._paused = True
+        self.deadline = self._server.loop.time() + self._server.idle_s
+        if self._source is not None:
+            self._source.pause()
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        self.deadline = NEVER if self._request else self._server.loop.time() + self._server.idle_s
+        if self._source is not None:
+            self._source.resume()
+
+
+def _path(url: bytes) -> bytes:
+    if not url.startswith(b"/"):  # absolute form, as to a proxy: the host is ignored
+        try:
+            url = httptools.parse_url(url).path or b"/"
+        except httptools.HttpParserInvalidURLError:
+            return b""
+    return url.partition(b"?")[0]
+
+
+def _error_response(error: RequestError, headers: bytes, keep_alive: bool) -> bytes:
+    shape = SHAPES[type(error)]
+    return http1.response(shape.status, http1.JSON, error_body(error), shape.headers + headers, keep_alive)

@@ -1,0 +1,206 @@
+"""The live endpoints: who is ready, how much each has in flight, who failed lately and is left out.
+
+An endpoint's counters belong to its address and outlive changes of the set: nothing resets them, they only
+go down when the request that raised them ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
+
+from broadbeam_crds.gateway_config import Endpoint
+from broadbeam_router.deadlines import Deadlines
+from broadbeam_router.policy import Policy
+from broadbeam_router.upstream import Failure, Pool
+
+log = logging.getLogger(__name__)
+
+Leg = Literal["prefill", "decode"]
+Address = tuple[str, str, int]  # name, host, port: a replaced pod keeps its name
+MAX_EJECTION_S = 60.0
+# An engine that answers 5xx is alive, and one poisonous request must not empty the set.
+SERVER_ERRORS_TO_EJECT = 3
+
+
+class Member:
+    """One endpoint and its moving state."""
+
+    __slots__ = (
+        "decode_in_flight", "ejected_until", "endpoint", "family", "host_header", "pool", "prefill_in_flight",
+        "server_errors", "strikes",
+    )  # fmt: skip
+
+    def __init__(self, endpoint: Endpoint, pool: Pool) -> None:
+        self.endpoint = endpoint
+        self.pool = pool
+        self.family = revision_family(endpoint.revision)
+        host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
+        self.host_header = f"{host}:{endpoint.port}".encode()
+        self.prefill_in_flight = 0
+        self.decode_in_flight = 0
+        self.ejected_until = 0.0
+        self.strikes = 0  # ejections since the last success
+        self.server_errors = 0  # 5xx answers in a row
+
+    @property
+    def in_flight(self) -> int:
+        return self.prefill_in_flight + self.decode_in_flight
+
+    @property
+    def name(self) -> str:
+        return self.endpoint.name
+
+
+class Slot:
+    """One leg's place in its endpoint's count, given back exactly once."""
+
+    __slots__ = ("_leg", "_member")
+
+    def __init__(self, member: Member, leg: Leg) -> None:
+        self._member = member
+        self._leg = leg
+
+    def __enter__(self) -> None:
+        if self._leg == "prefill":
+            self._member.prefill_in_flight += 1
+        else:
+            self._member.decode_in_flight += 1
+
+    def __exit__(self, *_: object) -> None:
+        if self._leg == "prefill":
+            self._member.prefill_in_flight -= 1
+        else:
+            self._member.decode_in_flight -= 1
+
+
+def revision_family(revision: str) -> str:
+    """What a prefill and a decode revision have in common when they were made for each other.
+
+    A label FAMILY-HASH names its family; a label without a dash is a family of its own."""
+    return revision.partition("-")[0]
+
+
+class Fleet:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        deadlines: Deadlines,
+        policy: Policy,
+        ejection_s: float,
+        on_ejection: Callable[[str], None] = lambda reason: None,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        self._loop = loop
+        self._deadlines = deadlines
+        self._policy = policy
+        self._ejection_s = ejection_s
+        self._on_ejection = on_ejection
+        self._chance = chance
+        self._turns = {"prefill": 0, "decode": 0}
+        self._members: dict[Address, Member] = {}
+        self.prefill: tuple[Member, ...] = ()
+        self.decode: tuple[Member, ...] = ()
+
+    def update(self, endpoints: Iterable[Endpoint]) -> None:
+        """Take over a new set; only ready endpoints get requests."""
+        before = set(self._ready())
+        seen: set[Address] = set()
+        for endpoint in endpoints:
+            address = (endpoint.name, endpoint.host, endpoint.port)
+            seen.add(address)
+            member = self._members.get(address)
+            if member is None:
+                pool = Pool(self._loop, self._deadlines, endpoint.host, endpoint.port)
+                self._members[address] = Member(endpoint, pool)
+            else:
+                self._change(member, endpoint)
+        self._drop(self._members.keys() - seen)
+        ready = [m for address, m in self._members.items() if address in seen and m.endpoint.ready]
+        self.prefill = tuple(m for m in ready if m.endpoint.role == "prefill")
+        self.decode = tuple(m for m in ready if m.endpoint.role != "prefill")
+        after = set(self._ready())
+        if before != after:
+            log.info("endpoints ready: %d prefill, %d decode", len(self.prefill), len(self.decode))
+
+    def _change(self, member: Member, endpoint: Endpoint) -> None:
+        if endpoint.ready and not member.endpoint.ready:  # it has passed its probes since it failed
+            member.ejected_until = 0.0
+            member.strikes = member.server_errors = 0
+        member.pool.open()
+        member.endpoint = endpoint
+        member.family = revision_family(endpoint.revision)
+
+    def _drop(self, gone: set[Address]) -> None:
+        for address in gone:
+            member = self._members[address]
+            member.pool.close()
+            if member.in_flight == 0:
+                del self._members[address]
+
+    def _ready(self) -> Iterator[str]:
+        return (m.name for m in (*self.prefill, *self.decode))
+
+    def members(self) -> tuple[Member, ...]:
+        return tuple(self._members.values())
+
+    # -- picking --------------------------------------------------------------------------------------
+
+    def pick_prefill(self, tried: list[Member]) -> Member | None:
+        """A prefill endpoint for the first leg; None when none is ready, untried and in good standing.
+
+        Where a decode endpoint of the same revision family is ready, that pairing is preferred."""
+        now = self._loop.time()
+        able = [m for m in self.prefill if m.ejected_until <= now and m not in tried]
+        families = {m.family for m in self.decode}
+        return self._pick("prefill", [m for m in able if m.family in families] or able)
+
+    def pick_decode(self, tried: list[Member], family: str | None = None) -> Member | None:
+        """A decode-capable endpoint not in `tried`, of `family` if there is one.
+
+        When every one of them is left out for failing, they are tried all the same: an error from an
+        engine that may be back tells more than a refusal."""
+        now = self._loop.time()
+        untried = [m for m in self.decode if m not in tried] if tried else self.decode
+        able = [m for m in untried if m.ejected_until <= now] or list(untried)
+        return self._pick("decode", [m for m in able if m.family == family] or able)
+
+    def _pick(self, leg: Leg, candidates: list[Member]) -> Member | None:
+        if not candidates:
+            return None
+        turn = self._turns[leg]
+        self._turns[leg] = turn + 1
+        return candidates[self._policy([m.in_flight for m in candidates], turn, self._chance())]
+
+    # -- learning -------------------------------------------------------------------------------------
+
+    def succeeded(self, member: Member) -> None:
+        member.strikes = member.server_errors = 0
+        member.ejected_until = 0.0
+
+    def failed(self, member: Member, kind: Failure) -> None:
+        """The endpoint could not be reached, broke off or stayed silent: leave it out for a while."""
+        self._eject(member, kind)
+
+    def answered_5xx(self, member: Member) -> None:
+        member.server_errors += 1
+        if member.server_errors >= SERVER_ERRORS_TO_EJECT:
+            member.server_errors = 0
+            self._eject(member, "status")
+
+    def _eject(self, member: Member, reason: str) -> None:
+        now = self._loop.time()
+        if member.ejected_until > now:
+            return
+        pause_s = min(self._ejection_s * 2**member.strikes, MAX_EJECTION_S)
+        member.strikes += 1
+        member.ejected_until = now + pause_s
+        self._on_ejection(reason)
+        log.warning("%s left out for %g s after: %s", member.name, pause_s, reason)
+
+    def close(self) -> None:
+        for member in self._members.values():
+            member.pool.close()

@@ -1,0 +1,290 @@
+"""Carrying a call to engines and its answer back: the legs, their retries and the streaming.
+
+A call runs the decode leg alone, or first the prefill leg and then the decode leg with what the prefill rank
+said about its KV blocks. Each leg is tried on up to 1 + retries endpoints, as long as the client has seen
+nothing of the answer:
+
+- prefill fails everywhere: decode computes the prompt itself (way "fallback");
+- decode fails: the lease on the blocks still holds, so another decode endpoint gets the same params, once;
+  after that the blocks may be gone, and the prefill leg runs again.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+import msgspec
+
+from broadbeam_crds.gateway_config import TimeoutsConfig
+from broadbeam_router import legs
+from broadbeam_router.call import Call
+from broadbeam_router.errors import EngineFailed, EngineTimeout, NoEndpoint, StreamBroken
+from broadbeam_router.events import EventRelay
+from broadbeam_router.fleet import Fleet, Leg, Member, Slot
+from broadbeam_router.metrics import Metrics
+from broadbeam_router.upstream import UpstreamConnection, UpstreamFailed
+
+log = logging.getLogger(__name__)
+
+BUSY = (408, 429)  # another endpoint may have room
+MAX_PARAMS_USES = 2  # decode endpoints that get the same kv_transfer_params
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An engine's whole answer that goes to the client as it is."""
+
+    status: int
+    content_type: bytes
+    body: bytes
+    retry_after: bytes | None
+
+    @classmethod
+    def of(cls, connection: UpstreamConnection) -> Answer:
+        body = connection.body()
+        return cls(connection.status, connection.content_type, body, connection.retry_after)
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """KV blocks that a prefill rank holds for this call."""
+
+    params: bytes
+    family: str
+
+
+@dataclass(slots=True)
+class _Attempts:
+    """What one leg has tried so far."""
+
+    left: int
+    tried: list[Member]
+    error: UpstreamFailed | None = None
+    answer: Answer | None = None  # the last one that another endpoint might not have given
+
+
+class Forwarder:
+    def __init__(
+        self, fleet: Fleet, metrics: Metrics, timeouts: TimeoutsConfig, retries: int, route_headers: bool
+    ) -> None:
+        self._fleet = fleet
+        self._metrics = metrics
+        self._timeouts = timeouts
+        self._retries = retries
+        self._route_headers = route_headers
+
+    async def answer(self, call: Call) -> None:
+        """Answer `call`'s client; raises RequestError when no engine could."""
+        blocks: Blocks | None = None
+        uses = 0
+        attempts = _Attempts(1 + self._retries, [])
+        while attempts.left > 0:
+            if call.wants_prefill and blocks is None:
+                result = await self._prefill(call)
+                if isinstance(result, Answer):
+                    self._respond(call, result)
+                    return
+                blocks, uses = result, 0
+            member = self._next_decode(attempts, blocks)
+            if member is None:
+                break
+            if await self._decode(call, member, blocks, attempts):
+                return
+            uses += 1
+            if uses == MAX_PARAMS_USES:
+                blocks = None
+        self._give_up(call, attempts)
+
+    # -- the prefill leg ------------------------------------------------------------------------------
+
+    async def _prefill(self, call: Call) -> Blocks | Answer | None:
+        """Blocks, the engine's refusal, or None when the decode leg must do without."""
+        body = legs.prefill_body(call.body)
+        attempts = _Attempts(1 + self._retries, [])
+        while attempts.left > 0 and (member := self._fleet.pick_prefill(attempts.tried)) is not None:
+            with Slot(member, "prefill"):
+                answer = await self._exchange(call, member, "prefill", body, attempts)
+            if answer is None:
+                continue
+            if answer.status != 200:
+                return answer
+            params = _params(answer, member)
+            if params is not None:
+                call.way, call.prefill_name = "disaggregated", member.name
+                return Blocks(params, member.family)
+            break
+        if attempts.answer is not None and attempts.answer.status in BUSY:
+            return attempts.answer
+        self._metrics.leg("prefill", "fallback")
+        log.warning("request %s: no prefill, the decode engine computes the prompt", call.request_id.decode())
+        call.way, call.prefill_name, call.wants_prefill = "fallback", None, False
+        return None
+
+    async def _exchange(
+        self, call: Call, member: Member, leg: Leg, body: bytes, attempts: _Attempts
+    ) -> Answer | None:
+        """One whole exchange; None if another endpoint should be tried."""
+        attempts.left -= 1
+        attempts.tried.append(member)
+        try:
+            connection = await self._send(call, member, body, self._timeouts.prefill_s)
+        except UpstreamFailed as error:
+            self._failed(call, member, leg, error, attempts)
+            return None
+        answer = Answer.of(connection)
+        connection.release()
+        return answer if self._settled(call, member, leg, answer, attempts) else None
+
+    # -- the decode leg -------------------------------------------------------------------------------
+
+    def _next_decode(self, attempts: _Attempts, blocks: Blocks | None) -> Member | None:
+        family = blocks.family if blocks is not None else None
+        return self._fleet.pick_decode(attempts.tried, family)
+
+    async def _decode(self, call: Call, member: Member, blocks: Blocks | None, attempts: _Attempts) -> bool:
+        """Whether the client has its answer; False if another endpoint should be tried."""
+        attempts.left -= 1
+        attempts.tried.append(member)
+        body = call.body if blocks is None else legs.decode_body(call.body, blocks.params)
+        with Slot(member, "decode"):
+            try:
+                connection = await self._send(call, member, body, self._timeouts.first_byte_s)
+            except UpstreamFailed as error:
+                self._failed(call, member, "decode", error, attempts)
+                return False
+            call.decode_name = member.name
+            if connection.streaming:
+                await self._stream(call, member, connection)
+                return True
+            answer = Answer.of(connection)
+            connection.release()
+        if not self._settled(call, member, "decode", answer, attempts):
+            return False
+        self._respond(call, answer)
+        return True
+
+    async def _stream(self, call: Call, member: Member, connection: UpstreamConnection) -> None:
+        client = call.client
+        try:
+            call.status = 200
+            call.first_byte_s = time.perf_counter()
+            client.start_stream(200, connection.content_type, self._headers(call), connection)
+            relay = EventRelay(client)
+            await connection.relay(relay)
+        except UpstreamFailed as error:
+            self._fleet.failed(member, error.kind)
+            self._metrics.leg("decode", "failed")
+            raise StreamBroken(f"the stream of engine {member.name} ended early ({error})") from error
+        finally:
+            connection.release()
+        relay.finish()
+        self._fleet.succeeded(member)
+        self._metrics.leg("decode", "ok")
+
+    # -- both -----------------------------------------------------------------------------------------
+
+    async def _send(self, call: Call, member: Member, body: bytes, first_byte_s: float) -> UpstreamConnection:
+        """The connection whose answer is whole, or begun if it is a stream."""
+        head = (
+            b"POST %b HTTP/1.1\r\nHost: %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%b\r\n"
+            % (
+                call.path,
+                member.host_header,
+                len(body),
+                call.lines,
+            )
+        )
+        idle_s = self._timeouts.idle_s
+        kept = member.pool.take()
+        if kept is not None:
+            try:
+                return await _finished(kept, head, body, first_byte_s, idle_s)
+            except UpstreamFailed as error:
+                if not error.stale:
+                    raise
+        fresh = await member.pool.connect(self._timeouts.connect_s)
+        return await _finished(fresh, head, body, first_byte_s, idle_s)
+
+    def _failed(
+        self, call: Call, member: Member, leg: Leg, error: UpstreamFailed, attempts: _Attempts
+    ) -> None:
+        attempts.error, attempts.answer = error, None
+        self._fleet.failed(member, error.kind)
+        self._metrics.leg(leg, "retry" if attempts.left else "failed")
+        log.warning("request %s: %s leg on %s: %s", call.request_id.decode(), leg, member.name, error)
+
+    def _settled(self, call: Call, member: Member, leg: Leg, answer: Answer, attempts: _Attempts) -> bool:
+        """Whether `answer` stands; False if another endpoint may do better."""
+        if answer.status >= 500 or answer.status in BUSY:
+            attempts.answer, attempts.error = answer, None
+            if answer.status >= 500:
+                self._fleet.answered_5xx(member)
+            self._metrics.leg(leg, "retry" if attempts.left else "failed")
+            log.warning(
+                "request %s: %s leg on %s: status %d",
+                call.request_id.decode(),
+                leg,
+                member.name,
+                answer.status,
+            )
+            return False
+        self._fleet.succeeded(member)
+        self._metrics.leg(leg, "ok" if answer.status < 400 else "refused")
+        return True
+
+    def _give_up(self, call: Call, attempts: _Attempts) -> None:
+        answer, error = attempts.answer, attempts.error
+        if answer is not None and answer.status in BUSY:
+            self._respond(call, answer)
+            return
+        names = ", ".join(member.name for member in attempts.tried)
+        if answer is not None:
+            raise EngineFailed(f"no engine could answer (tried {names}; the last said {answer.status})")
+        if error is not None:
+            kind = EngineTimeout if error.kind == "timeout" else EngineFailed
+            raise kind(f"no engine could answer (tried {names}; the last: {error})")
+        raise NoEndpoint("no decode engine is ready")
+
+    def _respond(self, call: Call, answer: Answer) -> None:
+        headers = self._headers(call)
+        if answer.retry_after is not None:
+            headers += b"Retry-After: %b\r\n" % answer.retry_after
+        call.status = answer.status
+        call.client.respond(answer.status, answer.body, answer.content_type or b"application/json", headers)
+
+    def _headers(self, call: Call) -> bytes:
+        lines = b"X-Request-Id: %b\r\n" % call.request_id
+        if not self._route_headers:
+            return lines
+        lines += b"x-broadbeam-route: %b\r\n" % call.way.encode()
+        if call.prefill_name is not None:
+            lines += b"x-broadbeam-prefill: %b\r\n" % call.prefill_name.encode()
+        if call.decode_name is not None:
+            lines += b"x-broadbeam-decode: %b\r\n" % call.decode_name.encode()
+        return lines
+
+
+async def _finished(
+    connection: UpstreamConnection, head: bytes, body: bytes, first_byte_s: float, idle_s: float
+) -> UpstreamConnection:
+    answered = False
+    try:
+        await connection.send(head, body, first_byte_s, idle_s)
+        answered = True
+        return connection
+    finally:
+        if not answered:  # failed, or the client left: cutting the connection frees the engine
+            connection.release()
+
+
+def _params(answer: Answer, member: Member) -> bytes | None:
+    try:
+        params = legs.transfer_params(answer.body)
+    except msgspec.MsgspecError as error:
+        log.warning("prefill answer of %s is not understood: %s", member.name, error)
+        return None
+    if params is None:
+        log.warning("prefill answer of %s has no kv_transfer_params", member.name)
+    return params

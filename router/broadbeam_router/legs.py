@@ -1,0 +1,64 @@
+"""The bodies of the two legs of a disaggregated request (vLLM's two-step protocol).
+
+The prefill rank gets the request with one token to make and the order to keep its KV blocks; the decode
+rank gets the request as the client sent it and, verbatim, what the prefill rank said about the blocks.
+"""
+
+from __future__ import annotations
+
+import msgspec
+from msgspec import Raw
+
+from broadbeam_router.openai import ROUTING_FIELDS, top_level
+
+_encode = msgspec.json.Encoder().encode
+_KEEP_BLOCKS = Raw(
+    b'{"do_remote_decode":true,"do_remote_prefill":false,"remote_engine_id":null,'
+    b'"remote_block_ids":null,"remote_host":null,"remote_port":null}'
+)
+_PREFILL = {
+    "stream": Raw(b"false"),
+    "max_tokens": Raw(b"1"),
+    "n": Raw(b"1"),
+    "kv_transfer_params": _KEEP_BLOCKS,
+}
+_NOT_FOR_PREFILL = (*ROUTING_FIELDS, "stream_options", "min_tokens", "best_of")
+
+
+class _PrefillAnswer(msgspec.Struct):
+    kv_transfer_params: Raw = Raw(b"null")
+
+
+_answer = msgspec.json.Decoder(_PrefillAnswer)
+
+
+def stripped(body: bytes) -> bytes:
+    """`body` without the fields by which a client could steer routing."""
+    members = top_level(body)
+    for name in ROUTING_FIELDS:
+        members.pop(name, None)
+    return _encode(members)
+
+
+def prefill_body(body: bytes) -> bytes:
+    members = top_level(body)
+    for name in _NOT_FOR_PREFILL:
+        members.pop(name, None)
+    if "max_completion_tokens" in members:
+        members["max_completion_tokens"] = _PREFILL["max_tokens"]
+    members.update(_PREFILL)
+    return _encode(members)
+
+
+def decode_body(body: bytes, params: bytes) -> bytes:
+    """`body` (already stripped, a non-empty object) with kv_transfer_params added before its last brace."""
+    end = body.rindex(b"}")
+    return b'%b,"kv_transfer_params":%b}' % (body[:end], params)
+
+
+def transfer_params(answer: bytes) -> bytes | None:
+    """kv_transfer_params of a prefill answer as its own bytes; None if there are none.
+
+    Raises msgspec.MsgspecError if the answer is not JSON."""
+    params = bytes(_answer.decode(answer).kv_transfer_params)
+    return None if params in (b"null", b"{}") else params

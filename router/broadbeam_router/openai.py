@@ -1,0 +1,142 @@
+"""What the gateway reads of an OpenAI request; the rest of the body passes through unread."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, TypeVar
+
+import msgspec
+from msgspec import UNSET, Meta, Raw, UnsetType
+
+from broadbeam_router.errors import InvalidRequest
+
+MAX_CHOICES = 128  # OpenAI's limit of n
+MAX_SHOWN = 64  # characters of a wrong value in a message
+# Fields by which a client could steer where an engine reads from or which rank runs: never forwarded.
+ROUTING_FIELDS = (
+    "kv_transfer_params",
+    "ec_transfer_params",
+    "bootstrap_host",
+    "bootstrap_port",
+    "bootstrap_room",
+    "data_parallel_rank",
+)
+
+Choices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
+Tokens = Annotated[int, Meta(ge=1)]
+
+
+class Fields(msgspec.Struct, kw_only=True):
+    """Common to both routes; null means the same as absent."""
+
+    model: str
+    stream: bool | None = None
+    n: Choices | None = None
+    best_of: Choices | None = None
+    max_tokens: Tokens | None = None
+    kv_transfer_params: Raw | UnsetType = UNSET
+    ec_transfer_params: Raw | UnsetType = UNSET
+    bootstrap_host: Raw | UnsetType = UNSET
+    bootstrap_port: Raw | UnsetType = UNSET
+    bootstrap_room: Raw | UnsetType = UNSET
+    data_parallel_rank: Raw | UnsetType = UNSET
+
+    @property
+    def steers(self) -> bool:
+        """Whether the client sent one of ROUTING_FIELDS."""
+        return not (
+            self.kv_transfer_params is UNSET
+            and self.ec_transfer_params is UNSET
+            and self.bootstrap_host is UNSET
+            and self.bootstrap_port is UNSET
+            and self.bootstrap_room is UNSET
+            and self.data_parallel_rank is UNSET
+        )
+
+    @property
+    def one_sequence(self) -> bool:
+        """Whether the answer is one sequence of one prompt, which is what one kv_transfer_params names."""
+        return (self.n or 1) == 1 and (self.best_of or 1) == 1
+
+
+class ChatFields(Fields, kw_only=True):
+    messages: Annotated[list[Raw], Meta(min_length=1)]
+    max_completion_tokens: Tokens | None = None
+
+
+class CompletionFields(Fields, kw_only=True):
+    prompt: Raw
+
+    @property
+    def one_sequence(self) -> bool:
+        return (self.n or 1) == 1 and (self.best_of or 1) == 1 and not self._several_prompts
+
+    @property
+    def _several_prompts(self) -> bool:
+        text = bytes(self.prompt)
+        return text[:1] == b"[" and text[1:].lstrip()[:1] in (b'"', b"[")
+
+
+F = TypeVar("F", bound=Fields)
+_chat = msgspec.json.Decoder(ChatFields)
+_completion = msgspec.json.Decoder(CompletionFields)
+_object = msgspec.json.Decoder(dict[str, Raw])
+_where = re.compile(r"^(?P<what>.*?) - at `\$\.(?P<field>\w+)(?P<rest>.*)`$")
+
+
+def chat_fields(body: bytes) -> ChatFields:
+    """The fields of a chat request; InvalidRequest names the field, its value and what is allowed."""
+    fields = _decoded(_chat, body)
+    for index, message in enumerate(fields.messages):
+        if bytes(message)[:1] != b"{":
+            shown = _shown(message)
+            raise InvalidRequest(f"messages[{index}] must be an object, got {shown}", "messages")
+    return fields
+
+
+def completion_fields(body: bytes) -> CompletionFields:
+    """The fields of a completions request; InvalidRequest as in `chat_fields`."""
+    fields = _decoded(_completion, body)
+    prompt = bytes(fields.prompt)
+    if prompt[:1] not in (b'"', b"[") or prompt[1:].lstrip()[:1] == b"]":
+        shown = _shown(fields.prompt)
+        raise InvalidRequest(
+            f"prompt must be a string, or a non-empty array of strings or of token ids, got {shown}", "prompt"
+        )
+    return fields
+
+
+def top_level(body: bytes) -> dict[str, Raw]:
+    """The members of a JSON object, values as their own bytes. The body was decoded before."""
+    return _object.decode(body)
+
+
+def _decoded(decoder: msgspec.json.Decoder[F], body: bytes) -> F:
+    try:
+        str(body, "utf-8")  # fields that nobody reads here are not decoded, so this is the only check
+        return decoder.decode(body)
+    except (ValueError, RecursionError) as error:
+        raise _explained(body, error) from error
+
+
+def _shown(value: Raw) -> str:
+    text = bytes(value).decode(errors="replace")
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"
+
+
+def _explained(body: bytes, error: Exception) -> InvalidRequest:
+    if not isinstance(error, msgspec.ValidationError):
+        return InvalidRequest(
+            f"the body is not JSON: {error}" if body else "the body is empty, expected JSON"
+        )
+    message = str(error)
+    place = _where.match(message)
+    if place is None:  # no place: the body as a whole, or a missing field
+        missing = re.search(r"missing required field `(\w+)`", message)
+        if missing is None:
+            return InvalidRequest(f"the body must be a JSON object: {message}")
+        return InvalidRequest(f"{missing[1]} is required", missing[1])
+    field = place["field"]
+    value = _shown(top_level(body)[field])
+    what = place["what"].replace("`", "").replace("Expected ", "").split(", got")[0]
+    return InvalidRequest(f"{field}{place['rest']} must be {what}, got {value}", field)

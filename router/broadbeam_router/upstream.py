@@ -1,0 +1,270 @@
+"""Connections to one engine rank: kept alive, one request at a time each, every failure with its kind."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Literal, Protocol, cast
+
+import httptools
+
+from broadbeam_router import http1
+from broadbeam_router.deadlines import NEVER, Deadlines
+
+Failure = Literal["connect", "reset", "timeout", "protocol"]
+IDLE_S = 4.0  # uvicorn (vLLM) closes after 5 s of silence; leave before it does
+MAX_IDLE = 256  # connections kept per rank
+MAX_BUFFERED_BYTES = 64 * 2**20  # of an answer that is not a stream
+
+
+class UpstreamFailed(Exception):  # noqa: N818
+    """`stale`: the connection was kept from an earlier request and died without a byte of an answer, so
+    the engine has not seen this one."""
+
+    def __init__(self, kind: Failure, detail: str, stale: bool = False) -> None:
+        super().__init__(f"{kind}: {detail}")
+        self.kind = kind
+        self.stale = stale
+
+
+class Sink(Protocol):
+    def deliver(self, data: bytes) -> None: ...
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """One exchange at a time: `send`, then the answer's fields, then for a stream `relay`."""
+
+    __slots__ = (
+        "_data", "_done", "_first_byte", "_first_byte_s", "_idle_s", "_pool", "_sink", "_size", "_waiter",
+        "answer", "complete", "content_type", "deadline", "parser", "parts", "retry_after", "reusable",
+        "served", "status", "streaming", "transport",
+    )  # fmt: skip
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self.parser = httptools.HttpResponseParser(self)
+        self.transport: asyncio.Transport | None = None
+        self.deadline = NEVER
+        self.served = 0  # exchanges begun on this connection
+        self._waiter: asyncio.Future[None] | None = None
+        self._sink: Sink | None = None
+        self._idle_s = 0.0
+        self.reusable = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self.status = 0
+        self.content_type = b""
+        self.retry_after: bytes | None = None
+        self.streaming = False
+        self.complete = False
+        self.parts: list[bytes] = []
+        self._size = 0
+        self._first_byte = False
+        self._sink = None
+
+    # -- one exchange ---------------------------------------------------------------------------------
+
+    def send(self, head: bytes, body: bytes, first_byte_s: float, idle_s: float) -> asyncio.Future[None]:
+        """Write a request; resolves when the answer is whole or, for a stream, has its first part.
+
+        Fails with UpstreamFailed."""
+        assert self.transport is not None
+        assert self._waiter is None, "one exchange at a time"
+        loop = self._pool.loop
+        self._reset()
+        self.served += 1
+        self.reusable = False
+        self._idle_s = idle_s
+        self._waiter = loop.create_future()
+        if self.transport.is_closing():
+            self._fail("reset", "the connection was closed")
+            return self._waiter
+        self.deadline = loop.time() + first_byte_s
+        self._pool.deadlines.add(self)
+        if len(body) < 16384:
+            self.transport.write(head + body)
+        else:
+            self.transport.write(head)
+            self.transport.write(body)
+        return self._waiter
+
+    def relay(self, sink: Sink) -> asyncio.Future[None]:
+        """Give `sink` what has come and what will; resolves at the end, fails with UpstreamFailed."""
+        self._waiter = self._pool.loop.create_future()
+        self._sink = sink
+        if self.parts:
+            self._deliver()
+        if self.complete:
+            self._resolve()
+        elif self.transport is None or self.transport.is_closing():
+            self._fail("reset", "the connection was closed")
+        return self._waiter
+
+    def body(self) -> bytes:
+        return self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
+
+    def release(self) -> None:
+        """The exchange is over: keep the connection if it can serve another, else cut it, which makes the
+        engine give the request up."""
+        self._sink = None
+        self._waiter = None
+        self.parts = []
+        self._pool.deadlines.discard(self)
+        if self.complete and self.reusable:
+            self._pool.keep(self)
+        elif self.transport is not None:
+            self.transport.abort()
+
+    def pause(self) -> None:
+        """Stop reading; the engine's silence is then not its own."""
+        if self.transport is not None and not self.transport.is_closing() and not self.complete:
+            self.transport.pause_reading()
+            self.deadline = NEVER
+
+    def resume(self) -> None:
+        if self.transport is not None and not self.transport.is_closing() and not self.complete:
+            self.transport.resume_reading()
+            self.deadline = self._pool.loop.time() + self._idle_s
+
+    def expire(self) -> None:
+        if self._waiter is None:
+            self._pool.forget(self)
+        else:
+            self._fail("timeout", "no byte in time")
+        if self.transport is not None:
+            self.transport.abort()
+
+    def _resolve(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _fail(self, kind: Failure, detail: str) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            stale = kind == "reset" and self.served > 1 and not self._first_byte
+            self._waiter.set_exception(UpstreamFailed(kind, detail, stale))
+
+    def _deliver(self) -> None:
+        assert self._sink is not None
+        data = self.body()
+        self.parts.clear()
+        self._sink.deliver(data)
+
+    # -- asyncio and the parser -----------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's own is no subclass
+
+    def data_received(self, data: bytes) -> None:
+        if self._waiter is None:  # nobody asked: the connection cannot be trusted
+            self._pool.forget(self)
+            assert self.transport is not None
+            self.transport.abort()
+            return
+        if self.complete:
+            self.reusable = False
+            return
+        self._first_byte = True
+        try:
+            self.parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self._broken(f"not HTTP: {error}")
+            return
+        self.deadline = self._pool.loop.time() + self._idle_s
+        if self._sink is not None and self.parts:
+            self._deliver()
+        if self.complete or (self.streaming and self._sink is None and self.parts):
+            self._resolve()
+        elif self._size > MAX_BUFFERED_BYTES:
+            self._broken(f"an answer larger than {MAX_BUFFERED_BYTES} bytes")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._pool.forget(self)
+        self._pool.deadlines.discard(self)
+        if not self.complete:
+            self._fail("reset", str(exc) if exc else "closed before the answer's end")
+
+    def _broken(self, detail: str) -> None:
+        self._fail("protocol", detail)
+        assert self.transport is not None
+        self.transport.abort()
+
+    def on_message_begin(self) -> None:
+        if self.complete:  # more than one answer to one request
+            self.reusable = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        name = name.lower()
+        if name == b"content-type":
+            self.content_type = value
+        elif name == b"retry-after":
+            self.retry_after = value
+
+    def on_headers_complete(self) -> None:
+        self.status = self.parser.get_status_code()
+        self.streaming = self.status == 200 and self.content_type.startswith(http1.EVENT_STREAM)
+
+    def on_body(self, data: bytes) -> None:
+        if self.complete:
+            return
+        self.parts.append(data)
+        if not self.streaming:
+            self._size += len(data)
+
+    def on_message_complete(self) -> None:
+        if self.status < 200:  # 100 Continue and its like: the answer is still to come
+            self.status = 0
+            return
+        self.reusable = not self.complete and self.parser.should_keep_alive()
+        self.complete = True
+
+
+class Pool:
+    """The kept connections to one address, the last used first."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, deadlines: Deadlines, host: str, port: int) -> None:
+        self.loop = loop
+        self.deadlines = deadlines
+        self._host = host
+        self._port = port
+        self._idle: list[UpstreamConnection] = []
+        self._closed = False
+
+    def open(self) -> None:
+        self._closed = False
+
+    def take(self) -> UpstreamConnection | None:
+        return self._idle.pop() if self._idle else None
+
+    async def connect(self, timeout_s: float) -> UpstreamConnection:
+        """A new connection; UpstreamFailed("connect") if there is none in time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                _, connection = await self.loop.create_connection(
+                    lambda: UpstreamConnection(self), self._host, self._port
+                )
+        except TimeoutError:
+            raise UpstreamFailed("connect", f"no connection in {timeout_s:g} s") from None
+        except OSError as error:
+            raise UpstreamFailed("connect", error.strerror or str(error)) from error
+        return connection
+
+    def keep(self, connection: UpstreamConnection) -> None:
+        if self._closed or len(self._idle) >= MAX_IDLE:
+            assert connection.transport is not None
+            connection.transport.close()
+            return
+        connection.deadline = self.loop.time() + IDLE_S
+        self.deadlines.add(connection)
+        self._idle.append(connection)
+
+    def forget(self, connection: UpstreamConnection) -> None:
+        if connection in self._idle:
+            self._idle.remove(connection)
+
+    def close(self) -> None:
+        """Cut what is idle; connections in use end with their exchange."""
+        self._closed = True
+        for connection in self._idle:
+            assert connection.transport is not None
+            connection.transport.close()
+        self._idle.clear()
