@@ -68,6 +68,7 @@ class PodProcess:
         manifest: Manifest,
         ip: str,
         token: Path | None,
+        imposed: Mapping[str, str],
         changed: Callable[[PodProcess], None],
     ) -> None:
         self.node = node
@@ -75,6 +76,7 @@ class PodProcess:
         self.root = node.root / self.facts.namespace / f"{self.facts.name}.{self._uid(manifest)}"
         self.initialized = False
         self._token = token
+        self._imposed = {**node.imposed, **imposed}
         self._changed = changed
         self._stopping = False
         self._gates: dict[str, bool] = {}
@@ -219,10 +221,8 @@ class PodProcess:
         if not container.get("command"):
             raise PodConfigError("a process needs a command: there is no image to take it from")
         inherited = {"HOSTNAME": self.name, **self.node.inherited}
-        seen = (
-            inherited | {name: mounts.rewrite(value) for name, value in own.items()} | dict(self.node.imposed)
-        )
-        command = [mounts.rewrite(expand(word, own | dict(self.node.imposed))) for word in words]
+        seen = inherited | {name: mounts.rewrite(value) for name, value in own.items()} | self._imposed
+        command = [mounts.rewrite(expand(word, own | self._imposed)) for word in words]
         command[0] = self._executable(command[0], seen)
         cwd = Path(mounts.rewrite(container["workingDir"])) if container.get("workingDir") else self.root
         return Launch(command, seen, cwd, self.ip, mounts)
@@ -248,13 +248,14 @@ class PodRunner:
         ip: str,
         changed: Callable[[PodProcess], None],
         token: Path | None = None,
+        imposed: Mapping[str, str] | None = None,
     ) -> PodProcess:
         """Run a pod at `ip`; `changed` is called in the event loop whenever its status may have changed.
 
         `token` is a folder with `token`, `ca.crt` and `namespace`, mounted where Kubernetes mounts a
-        service account.
+        service account; `imposed` is environment over the node's own.
         """
-        pod = PodProcess(self.node, self._machine, manifest, ip, token, changed)
+        pod = PodProcess(self.node, self._machine, manifest, ip, token, imposed or {}, changed)
         self.pods[pod.root.name] = pod
         return pod
 
