@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from broadbeam_crds.v1alpha1 import ServingCluster
+from broadbeam_crds.v1alpha1 import Pool, ServingCluster
 
 Finding = Mapping[str, object]
 
@@ -57,6 +57,41 @@ class Rule:
         parts = re.split(r"\{(\w+)\}", self.message)
         terms = [self.cel.values[part] if i % 2 else cel_text(part) for i, part in enumerate(parts)]
         return " + ".join(term for term in terms if term != "''")
+
+
+def pool_rule(
+    message: str,
+    find: Callable[[Pool, ServingCluster], Finding | None],
+    cel: str | None = None,
+    values: Mapping[str, str] | None = None,
+) -> Rule:
+    """A rule about one pool, of which CEL sees nothing else: `self` is the pool, {pool} its name."""
+    places = {"pool": "self.name"} | dict(values or {})
+    return Rule(message, _for_each_pool(find), Cel("pool", cel, places) if cel else None)
+
+
+def pool_in_spec_rule(
+    message: str,
+    find: Callable[[Pool, ServingCluster], Finding | None],
+    broken: str,
+    values: Mapping[str, str] | None = None,
+) -> Rule:
+    """A rule about one pool `p` beside the rest of the spec: `broken` is CEL that must hold for none."""
+    places = {"pool": "p.name"} | dict(values or {})
+    first = {gap: f"self.pools.filter(p, {broken}).map(p, {text})[0]" for gap, text in places.items()}
+    return Rule(message, _for_each_pool(find), Cel("spec", f"!self.pools.exists(p, {broken})", first))
+
+
+def _for_each_pool(
+    find: Callable[[Pool, ServingCluster], Finding | None],
+) -> Callable[[ServingCluster], Iterable[Finding]]:
+    def found(cluster: ServingCluster) -> Iterable[Finding]:
+        for pool in cluster.spec.pools:
+            finding = find(pool, cluster)
+            if finding is not None:
+                yield {"pool": pool.name} | dict(finding)
+
+    return found
 
 
 def cel_text(text: str) -> str:

@@ -1,0 +1,264 @@
+"""What is described but not built yet: refused by name, never ignored.
+
+One line of a table for each field; building a feature means deleting its line. Python and CEL are both made
+from the line, so the API server and `broadbeam render` refuse alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from broadbeam_crds.rules.rule import Cel, Finding, Rule, cel_list, cel_text, pool_in_spec_rule
+from broadbeam_crds.v1alpha1 import EngineName, Pool, ServingCluster
+
+OURS: Final[tuple[EngineName, ...]] = ("broadbeam", "sim")
+VLLM: Final[tuple[EngineName, ...]] = ("vllm",)
+_GONE: Final = "vLLM dropped this chunking after 0.17"
+
+Scalar = str | int | bool
+
+
+@dataclass(frozen=True, slots=True)
+class Unbuilt:
+    """`field` (wire names, dotted) works with `engines` only when unset or one of `only`; or with all values
+    but those of `never`. No engines: the operator itself lacks it."""
+
+    field: str
+    engines: tuple[EngineName, ...]
+    only: tuple[Scalar, ...] = ()
+    never: tuple[Scalar, ...] = ()
+    why: str = ""
+
+    @property
+    def who(self) -> str:
+        return "engine {engine}" if self.engines else "the operator"
+
+    @property
+    def shows_value(self) -> bool:
+        return bool(self.only or self.never)
+
+    def message(self, path: str) -> str:
+        value = ": {value}" if self.shows_value else ":"
+        limit = f" (only {' or '.join(map(_shown, self.only))})" if self.only else ""
+        return f"{path}{value} not supported yet by {self.who}{limit}{f'; {self.why}' if self.why else ''}"
+
+    def finding(self, values: dict[str, Any], engine: EngineName) -> Finding | None:
+        if self.engines and engine not in self.engines:
+            return None
+        found: Any = values
+        for key in self.field.split("."):
+            found = found.get(key) if isinstance(found, dict) else None
+        if found is None or found in self.only or (self.never and found not in self.never):
+            return None
+        return {"value": _shown(found), "limit": " or ".join(map(_shown, self.only)), "engine": engine}
+
+    def broken(self, root: str) -> str:
+        """CEL that is true when the field is used; `root` is what it belongs to."""
+        keys = self.field.split(".")
+        terms = [f"self.engine.name in {cel_list(self.engines)}"] if self.engines else []
+        terms += [f"has({root}.{'.'.join(keys[: i + 1])})" for i in range(len(keys))]
+        if self.only:
+            terms.append(f"!({self._text(root)} in {cel_list(map(str_, self.only))})")
+        if self.never:
+            terms.append(f"{self._text(root)} in {cel_list(map(str_, self.never))}")
+        return " && ".join(terms)
+
+    def cel_values(self, root: str) -> dict[str, str]:
+        """CEL for the message's gaps; text is shown in quotes."""
+        values = {"engine": "self.engine.name"} if self.engines else {}
+        if self.shows_value:
+            text = self._text(root)
+            quoted = all(isinstance(each, str) for each in self.only + self.never)
+            values["value"] = f"({cel_text(chr(34))} + {text} + {cel_text(chr(34))})" if quoted else text
+        return values
+
+    def _text(self, root: str) -> str:
+        return f"string({root}.{self.field})"
+
+
+POOLS: Final = (
+    Unbuilt("parallelism.tensor", OURS, only=(1,)),
+    Unbuilt("allToAll", OURS, only=("auto",)),
+    Unbuilt("dualBatchOverlap", OURS),
+    Unbuilt("expertLoadBalancing", OURS),
+    Unbuilt("expertLoadBalancing.strategy", VLLM, only=("auto",), why="vLLM chooses by itself"),
+    Unbuilt("expertLoadBalancing.maxMovedFraction", VLLM, why="vLLM cannot bound a rebalancing"),
+    Unbuilt("weightOffload", OURS),
+    Unbuilt("chunking.moeDataParallel", OURS, only=("disabled",)),
+    Unbuilt("chunking.moeActivation", OURS, only=("disabled",)),
+    Unbuilt("chunking.output", OURS, only=("disabled",)),
+    Unbuilt("chunking.moeDataParallel", VLLM, only=("disabled",), why=_GONE),
+    Unbuilt("chunking.moeActivation", VLLM, only=("disabled",), why=_GONE),
+    Unbuilt("chunking.output", VLLM, never=("disabled",), why="give a number of outputs"),
+    Unbuilt("scheduling.async", OURS, only=(False,)),
+    Unbuilt("scheduling.cudaGraph", OURS, only=("auto", "none")),
+    Unbuilt("precision.moe", OURS, only=("auto", "bf16", "fp32")),
+    Unbuilt("precision.attention", OURS, only=("auto", "bf16", "fp32")),
+    Unbuilt("precision.dispatch", OURS, only=("auto", "bf16", "fp32")),
+    Unbuilt("precision.kvCache", OURS, only=("auto", "bf16", "fp16", "fp32")),
+    Unbuilt("precision.moe", VLLM, never=("fp32",)),
+    Unbuilt("precision.attention", VLLM, never=("fp32",)),
+    Unbuilt("precision.dispatch", VLLM, never=("fp32",)),
+    Unbuilt("precision.kvCache", VLLM, never=("fp32",)),
+    Unbuilt("autoscaling", ()),
+)
+SPEC: Final = (
+    Unbuilt("kv.transfer.connector", VLLM, never=("tcp",)),
+    Unbuilt("kv.offload", OURS),
+    Unbuilt("kv.events", OURS, only=(False,)),
+    Unbuilt("engine.threads", VLLM, only=(0,)),
+    Unbuilt("objectives", ()),
+    Unbuilt("rollout.maxSurge", (), only=(0,)),
+    Unbuilt("rollout.maxUnavailable", (), only=(1,)),
+    Unbuilt("rollout.revisionHistoryLimit", (), only=(5,)),
+    Unbuilt("rollout.canary", ()),
+    Unbuilt("recovery", ()),
+)
+
+
+def _pool_rule(line: Unbuilt) -> Rule:
+    def find(pool: Pool, cluster: ServingCluster) -> Finding | None:
+        return line.finding(pool.wire(), cluster.spec.engine.name)
+
+    path = f"spec.pools[{{pool}}].{line.field}"
+    return pool_in_spec_rule(line.message(path), find, line.broken("p"), line.cel_values("p"))
+
+
+def _spec_rule(line: Unbuilt) -> Rule:
+    def find(cluster: ServingCluster) -> Iterator[Finding]:
+        finding = line.finding(cluster.spec.wire(), cluster.spec.engine.name)
+        if finding is not None:
+            yield finding
+
+    cel = Cel("spec", f"!({line.broken('self')})", line.cel_values("self"))
+    return Rule(line.message(f"spec.{line.field}"), find, cel)
+
+
+# Engines of ours compute in one type, so a precision may only repeat it.
+_TYPES: Final = {"fp32": "float32", "bf16": "bfloat16"}
+_CEL_TYPES: Final = "{'fp32': 'float32', 'bf16': 'bfloat16'}"
+
+
+def _one_type(part: str) -> Rule:
+    def find(pool: Pool, cluster: ServingCluster) -> Finding | None:
+        engine, chosen = cluster.spec.engine, str(getattr(pool.precision, part))
+        if engine.name not in OURS or chosen not in _TYPES or _TYPES[chosen] == engine.dtype:
+            return None
+        return {"value": chosen, "limit": _TYPES[chosen], "dtype": engine.dtype, "engine": engine.name}
+
+    value, dtypes = f"p.precision.{part}", f"self.engine.name in {cel_list(OURS)}"
+    return pool_in_spec_rule(
+        f"spec.pools[{{pool}}].precision.{part}: {{value}} needs spec.engine.dtype {{limit}}, which is "
+        "{dtype}; engine {engine} computes in one type",
+        find,
+        f"{dtypes} && {value} in {_CEL_TYPES} && {_CEL_TYPES}[{value}] != self.engine.dtype",
+        {
+            "value": value,
+            "limit": f"{_CEL_TYPES}[{value}]",
+            "dtype": "self.engine.dtype",
+            "engine": "self.engine.name",
+        },
+    )
+
+
+SOURCES: Final[dict[EngineName, tuple[str, ...]]] = {
+    "broadbeam": ("oci",),
+    "vllm": ("oci", "pypi", "tiny"),
+    "sim": ("oci",),
+}
+
+
+def _source(engine: EngineName) -> Rule:
+    refused = SOURCES[engine]
+
+    def find(cluster: ServingCluster) -> Iterator[Finding]:
+        scheme = cluster.spec.model.source.partition("://")[0]
+        if cluster.spec.engine.name == engine and scheme in refused:
+            yield {"value": scheme, "engine": engine}
+
+    scheme = "self.model.source.split('://')[0]"
+    return Rule(
+        "spec.model.source: {value}:// not supported yet by engine {engine}",
+        find,
+        Cel(
+            "spec",
+            f"self.engine.name != {cel_text(engine)} || !({scheme} in {cel_list(refused)})",
+            {"value": scheme, "engine": cel_text(engine)},
+        ),
+    )
+
+
+def _listeners(cluster: ServingCluster) -> Iterator[Finding]:
+    count = len(cluster.spec.gateway.listeners)
+    if count > 1:
+        yield {"value": count, "limit": 1}
+
+
+_VLLM_OVERLAP: Final = ("deepep-low-latency", "deepep-high-throughput", "nixl")
+_VLLM_FP4_DISPATCH: Final = ("nvlink", "deepep-low-latency")
+
+
+def _overlap_backend(pool: Pool, cluster: ServingCluster) -> Finding | None:
+    on_rocm = pool.accelerator.resource == "amd.com/gpu" and pool.all_to_all == "allgather-reducescatter"
+    if cluster.spec.engine.name != "vllm" or pool.dual_batch_overlap is None or on_rocm:
+        return None
+    return None if pool.all_to_all in _VLLM_OVERLAP else {"value": pool.all_to_all, "limit": _VLLM_OVERLAP}
+
+
+def _fp4_dispatch_backend(pool: Pool, cluster: ServingCluster) -> Finding | None:
+    if cluster.spec.engine.name != "vllm" or pool.precision.dispatch != "nvfp4":
+        return None
+    if pool.all_to_all in _VLLM_FP4_DISPATCH:
+        return None
+    return {"value": pool.all_to_all, "limit": _VLLM_FP4_DISPATCH}
+
+
+def str_(value: Scalar) -> str:
+    """As CEL's string() writes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _shown(value: object) -> str:
+    match value:
+        case str() if not value.isdigit():
+            return f'"{value}"'
+        case str() | int():
+            return str_(value)
+        case _:
+            return ""
+
+
+RULES: Final = (
+    *map(_pool_rule, POOLS),
+    *map(_spec_rule, SPEC),
+    *map(_one_type, ("moe", "attention", "dispatch")),
+    *map(_source, SOURCES),
+    Rule(
+        "spec.gateway.listeners: {value} listeners not supported yet by the operator; the limit is {limit}",
+        _listeners,
+        Cel(
+            "spec",
+            "size(self.gateway.listeners) <= 1",
+            {"value": "string(size(self.gateway.listeners))", "limit": "'1'"},
+        ),
+    ),
+    pool_in_spec_rule(
+        "spec.pools[{pool}].allToAll: {value} cannot overlap on engine vllm; dualBatchOverlap needs "
+        f"{', '.join(_VLLM_OVERLAP[:-1])} or {_VLLM_OVERLAP[-1]}",
+        _overlap_backend,
+        "self.engine.name == 'vllm' && has(p.dualBatchOverlap) && "
+        f"!(p.allToAll in {cel_list(_VLLM_OVERLAP)}) && "
+        "!(p.accelerator.resource == 'amd.com/gpu' && p.allToAll == 'allgather-reducescatter')",
+        {"value": "p.allToAll"},
+    ),
+    pool_in_spec_rule(
+        "spec.pools[{pool}].allToAll: {value} cannot carry precision.dispatch nvfp4 on engine vllm; use "
+        f"{' or '.join(_VLLM_FP4_DISPATCH)}",
+        _fp4_dispatch_backend,
+        "self.engine.name == 'vllm' && p.precision.dispatch == 'nvfp4' && "
+        f"!(p.allToAll in {cel_list(_VLLM_FP4_DISPATCH)})",
+        {"value": "p.allToAll"},
+    ),
+)
