@@ -15,6 +15,7 @@ from broadbeam_crds.conventions import (
 from broadbeam_crds.engine_config import encode
 from broadbeam_crds.gateway_config import (
     AuthConfig,
+    FileEndpoints,
     GatewayConfig,
     KubernetesEndpoints,
     LimitsConfig,
@@ -36,22 +37,24 @@ from broadbeam_operator.manifests.objects import (
 STOP_MARGIN_S = 10
 
 
-def gateway(cluster: ServingCluster, images: Images) -> list[Object]:
+def gateway(cluster: ServingCluster, images: Images, endpoints: FileEndpoints | None = None) -> list[Object]:
+    """`endpoints` is where it finds the ranks without Kubernetes; None: it watches their pods."""
     return [
-        config_map(cluster),
-        deployment(cluster, images),
+        config_map(cluster, endpoints),
+        deployment(cluster, images, endpoints),
         service(cluster),
         *([disruption_budget(cluster)] if cluster.spec.gateway.replicas > 1 else []),
     ]
 
 
-def gateway_config(cluster: ServingCluster) -> GatewayConfig:
+def gateway_config(cluster: ServingCluster, endpoints: FileEndpoints | None = None) -> GatewayConfig:
     spec = cluster.spec
     asked, limits, timeouts = spec.gateway, spec.gateway.limits, spec.gateway.timeouts
     return GatewayConfig(
         cluster=cluster.metadata.name,
         models=[spec.model.name],
-        endpoints=KubernetesEndpoints(namespace=namespace_of(cluster), cluster=cluster.metadata.name),
+        endpoints=endpoints
+        or KubernetesEndpoints(namespace=namespace_of(cluster), cluster=cluster.metadata.name),
         disaggregated=spec.disaggregated,
         policy=asked.policy,
         port=asked.listeners[0].port,
@@ -76,15 +79,15 @@ def gateway_config(cluster: ServingCluster) -> GatewayConfig:
     )
 
 
-def config_map(cluster: ServingCluster) -> Object:
-    files = {"gateway.json": encode(gateway_config(cluster))}
+def config_map(cluster: ServingCluster, endpoints: FileEndpoints | None = None) -> Object:
+    files = {"gateway.json": encode(gateway_config(cluster, endpoints))}
     name = names.gateway_config_name(cluster.metadata.name, names.digest(files))
     return child(cluster, CONFIG_MAP, name, {"immutable": True, "data": files}, _labels(cluster))
 
 
-def deployment(cluster: ServingCluster, images: Images) -> Object:
+def deployment(cluster: ServingCluster, images: Images, endpoints: FileEndpoints | None = None) -> Object:
     name = names.gateway_name(cluster.metadata.name)
-    config = config_map(cluster)
+    config = config_map(cluster, endpoints)
     template = {
         "metadata": {
             "labels": {**names.MANAGED_BY, **_labels(cluster)},
