@@ -163,20 +163,15 @@ def path(kind: Kind, namespace: str | None, name: str | None = None) -> str:
 
 
 @asynccontextmanager
-async def connect(
-    kubeconfig: str | None = None, context: str | None = None
-) -> AsyncIterator[KubernetesCluster]:
-    """The cluster of `kubeconfig`; None takes the pod's own credentials and else the default kubeconfig.
-
-    Raises ClusterError when there are no usable credentials.
-    """
-    configuration = await credentials(kubeconfig, context)
+async def connect(configuration: Configuration) -> AsyncIterator[KubernetesCluster]:
+    """A client with the credentials that `credentials` found."""
     connector = aiohttp.TCPConnector(ssl=tls(configuration), limit=MAX_CONNECTIONS)
     async with aiohttp.ClientSession(connector=connector, timeout=TIMEOUT) as session:
         yield KubernetesCluster(session, configuration)
 
 
-async def credentials(kubeconfig: str | None, context: str | None = None) -> Configuration:
+async def credentials(kubeconfig: str | None = None, context: str | None = None) -> Configuration:
+    """Of `kubeconfig`; None takes the pod's own and else the default kubeconfig. ClusterError without any."""
     configuration = Configuration()
     if kubeconfig is None and context is None:
         try:

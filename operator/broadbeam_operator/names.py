@@ -21,8 +21,6 @@ GATEWAY = "gateway"
 MANAGED_BY = {"app.kubernetes.io/managed-by": "broadbeam"}
 # Of the whole desired object; equal means that no earlier field is to be removed.
 ANNOTATION_APPLIED_HASH = f"{API_GROUP}/applied-hash"
-# A StatefulSet's pods carry the label controller-revision-hash: its name, "-" and 10 characters, at most 63.
-MAX_GROUP_NAME = 52
 
 
 def group_name(cluster: str, pool: str, group: int) -> str:

@@ -69,7 +69,7 @@ def engine_config(group: Group) -> EngineConfig:
             coordinator_port=COORDINATOR_PORT,
         ),
         cache=CacheConfig(
-            block_size=pool.kv_cache.block_size,
+            block_size=pool.kv_cache.block_size or CacheConfig().block_size,
             memory_bytes=pool.kv_cache.memory.bytes if pool.kv_cache.memory else None,
             dtype=CACHE_DTYPES[pool.precision.kv_cache],  # type: ignore[arg-type]
             prefix_reuse=pool.kv_cache.prefix_reuse,

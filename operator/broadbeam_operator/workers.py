@@ -1,0 +1,96 @@
+"""One task a ServingCluster: woken by events and by a timer, never two passes of one cluster at once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from broadbeam_operator.cluster import ClusterError
+from broadbeam_operator.reconcile import Operator, reconcile
+
+log = logging.getLogger(__name__)
+
+Key = tuple[str, str]  # namespace, name
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """All in seconds."""
+
+    resync_s: float = 30.0  # a pass without an event: what no watch shows, and lost events
+    spacing_s: float = 0.1  # between two passes of one cluster; a burst of events makes one pass
+    retry_s: float = 1.0  # after an error, doubling
+    retry_limit_s: float = 60.0
+
+
+@dataclass(slots=True)
+class Workers:
+    operator: Operator
+    pace: Pace = field(default_factory=Pace)
+    passes: int = 0
+    _tasks: dict[Key, asyncio.Task[None]] = field(default_factory=dict)
+    _wakes: dict[Key, asyncio.Event] = field(default_factory=dict)
+
+    def wake(self, namespace: str, name: str) -> None:
+        """Something about this cluster has changed; it may also have begun or ended."""
+        key = (namespace, name)
+        if key not in self._tasks:
+            self._wakes[key] = asyncio.Event()
+            self._tasks[key] = asyncio.create_task(self._run(key), name=f"{namespace}/{name}")
+        self._wakes[key].set()
+
+    async def stop(self) -> None:
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run(self, key: Key) -> None:
+        """Until the cluster is gone and no new event has come meanwhile."""
+        wake, failures = self._wakes[key], 0
+        try:
+            while True:
+                wake.clear()
+                outcome = await self._pass(key)
+                if outcome == "gone" and not wake.is_set():
+                    return
+                failures = failures + 1 if outcome == "failed" else 0
+                await self._rest(wake, failures)
+        finally:
+            del self._tasks[key], self._wakes[key]
+
+    async def _rest(self, wake: asyncio.Event, failures: int) -> None:
+        if failures:
+            await asyncio.sleep(min(self.pace.retry_s * 2 ** (failures - 1), self.pace.retry_limit_s))
+            return
+        await asyncio.sleep(self.pace.spacing_s)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(wake.wait(), self.pace.resync_s)
+
+    async def _pass(self, key: Key) -> str:
+        """This is the outermost loop of the process: one cluster's fault must not stop the others."""
+        self.passes += 1
+        try:
+            done = await reconcile(self.operator, *key)
+        except ClusterError as error:
+            log.warning("%s/%s: %s", *key, error)
+            return "failed"
+        except Exception:
+            log.exception("%s/%s: a fault in the operator; trying again later", *key)
+            return "failed"
+        if done is None:
+            return "gone"
+        if done.error is not None:
+            log.warning("%s/%s: %s", *key, done.error)
+            return "failed"
+        if done.plan.changes:
+            log.info(
+                "%s/%s: applied %d, pruned %d, replaced %d pods",
+                *key,
+                len(done.plan.apply),
+                len(done.plan.prune),
+                len(done.plan.replace),
+            )
+        return "done"
