@@ -13,7 +13,7 @@ import aiohttp
 import kopf
 import typer
 
-from broadbeam_operator.cluster import ClusterError
+from broadbeam_operator.cluster import SERVING_CLUSTER, Cluster, ClusterError
 from broadbeam_operator.handlers import register, settings
 from broadbeam_operator.images import Images
 from broadbeam_operator.kubernetes_cluster import connect, credentials
@@ -23,6 +23,8 @@ from broadbeam_operator.version import version
 from broadbeam_operator.workers import Pace, Workers
 
 log = logging.getLogger("broadbeam_operator")
+
+HTTP_NOT_FOUND = 404
 
 DEFAULTS = Images()
 EPILOG = """
@@ -131,6 +133,7 @@ async def serve(options: Options) -> None:
         register(registry, workers, found)
         where = ", ".join(options.namespaces) or "all namespaces"
         log.info("broadbeam-operator %s looks after %s at %s", version(), where, found.host)
+        await resource_served(cluster, next(iter(options.namespaces), None))
         try:
             await kopf.operator(
                 registry=registry,
@@ -146,13 +149,30 @@ async def serve(options: Options) -> None:
             await workers.stop()
 
 
+async def resource_served(cluster: Cluster, namespace: str | None) -> None:
+    """Wait until the API server knows ServingClusters: kopf looks only once, when it starts."""
+    told = False
+    while True:
+        try:
+            await cluster.list(SERVING_CLUSTER, namespace)
+            return
+        except ClusterError as error:
+            if error.status != HTTP_NOT_FOUND:
+                raise
+        if not told:
+            log.warning("the cluster has no %s: waiting for the CRD", SERVING_CLUSTER.plural)
+            told = True
+        await asyncio.sleep(1)
+
+
 def configure_logging(level: str) -> None:
     logging.basicConfig(
         level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
     if level != "debug":
-        # kopf tells of every event at INFO.
+        # kopf tells of every event at INFO, aiohttp of every health probe.
         logging.getLogger("kopf").setLevel(logging.WARNING)
+        logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
 
 
 def _fail(message: str) -> None:
@@ -162,3 +182,7 @@ def _fail(message: str) -> None:
 
 def main() -> None:
     app()
+
+
+if __name__ == "__main__":
+    main()
