@@ -26,7 +26,8 @@ Start every rank of this pod and watch over them.
 
 Rank i answers the OpenAI API and /metrics on HOST:{conventions.RANK_HTTP_PORT}+i; the supervisor answers
 /health, /readyz (with the progress of a start), /metrics of all ranks, POST /drain and
-/v1/fault_tolerance/status on HOST:{conventions.SUPERVISOR_PORT}. When a rank ends, all end: the group starts again as a whole.
+/v1/fault_tolerance/status on HOST:{conventions.SUPERVISOR_PORT}. When a rank ends, all end: the group
+starts again as a whole.
 SIGTERM drains: new requests get 503, running ones may finish for drain_s seconds.
 
 Environment (a flag of the same meaning wins):

@@ -19,6 +19,10 @@ def _raise_exception(message: str) -> NoReturn:
     raise jinja2.exceptions.TemplateError(message)
 
 
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
     # Jinja's own filter escapes HTML characters, which no chat template wants.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
@@ -33,7 +37,7 @@ class ChatTemplate:
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
+        environment.globals["strftime_now"] = _strftime_now
         try:
             self._template = environment.from_string(source)
         except jinja2.exceptions.TemplateError as error:

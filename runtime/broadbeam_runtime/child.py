@@ -74,7 +74,8 @@ class Child:
             transport.close()
 
     async def _read_lines(self) -> None:
-        assert self._process is not None and self._process.stdout is not None
+        assert self._process is not None
+        assert self._process.stdout is not None
         stream = self._process.stdout
         while True:
             try:

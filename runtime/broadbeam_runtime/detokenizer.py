@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from broadbeam_runtime.core import FinishReason, Output, TokenLogprob
@@ -119,7 +118,8 @@ class TextStream:
         text, stop = self._push_text(self._detokenizer.flush())
         shown += [text, self._held]
         self._held = ""
-        finish, reason = ("stop", stop) if stop is not None else (output.finish, output.stop_token_id)
+        finish: FinishReason = "stop" if stop is not None else output.finish
+        reason = output.stop_token_id if stop is None else stop
         return Delta("".join(shown), output.token_ids, output.logprobs, finish, reason)
 
     def _push_text(self, new: str) -> tuple[str, str | None]:
@@ -151,8 +151,3 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
     """One token as text, for logprobs; part of a character shows as U+FFFD."""
     raw = tokenizer.token_bytes(token_id)
     return tokenizer.decode([token_id], False) if raw is None else raw.decode("utf-8", "replace")
-
-
-def visible(ids: Sequence[int], tokenizer: Tokenizer) -> str:
-    """All of `ids` as text, special tokens included (what /detokenize answers)."""
-    return tokenizer.decode(list(ids), False)

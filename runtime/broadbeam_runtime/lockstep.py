@@ -11,6 +11,7 @@ import selectors
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -170,7 +171,7 @@ class Group:
         self._called = False
         self._go_ms: float | None = None
         self._lost = False
-        self.on_call = lambda: None  # wakes the engine thread of an idle rank
+        self.on_call: Callable[[], None] = lambda: None  # wakes the engine thread of an idle rank
 
     def join(self, timeout_s: float) -> None:
         """Returns when all ranks have joined; GroupError names how many did not."""

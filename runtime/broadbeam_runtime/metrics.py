@@ -150,7 +150,7 @@ class RankMetrics:
     def __init__(
         self, global_rank: int, model: str, connector: str | None, stats: Callable[[], EngineStats]
     ) -> None:
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         labels = (str(global_rank), model)
         self.registry.register(EngineCollector(labels, connector, stats))

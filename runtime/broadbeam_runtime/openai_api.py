@@ -157,7 +157,7 @@ def decode(body: bytes, kind: type[R]) -> R:
 
 
 def refuse_unsupported(request: CompletionRequest | ChatRequest) -> None:
-    """400 for each field that would change the answer in a way that this server cannot do; neutral values pass."""
+    """400 for a field that would change the answer in a way this server cannot do; neutral values pass."""
     neutral: dict[str, tuple[Any, ...]] = {
         "frequency_penalty": (None, 0),
         "presence_penalty": (None, 0),

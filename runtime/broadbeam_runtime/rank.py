@@ -59,7 +59,8 @@ def create_engine(settings: RankSettings, config: EngineConfig, progress: LoadPr
         from broadbeam_runtime.kv import connectors
         from broadbeam_runtime.sim import SimEngine
 
-        return SimEngine(settings, config.parallel.coordinator, connectors.simulated(settings), progress)
+        connector = connectors.simulated(config, settings.pod.host, settings.side_channel_port)
+        return SimEngine(settings, config.parallel.coordinator, connector, progress)
     from broadbeam_runtime.engine import TorchEngine
 
     engine: Engine = TorchEngine(settings, config, progress)
@@ -91,7 +92,7 @@ class Rank:
         config = settings.config
         transfer = config.kv_transfer
         self._metrics = RankMetrics(
-            settings.global_rank, config.model.name, transfer and transfer.connector, self._stats
+            settings.global_rank, config.model.name, transfer.connector if transfer else None, self._stats
         )
         self._server = RankServer(
             config.model.name,

@@ -24,7 +24,8 @@ from broadbeam_runtime.core import (
     Request,
     TokenLogprob,
 )
-from broadbeam_runtime.kv.connector import KVConnector, PoolLayout
+from broadbeam_runtime.kv.connector import PoolLayout
+from broadbeam_runtime.kv.pull import PullConnector
 from broadbeam_runtime.lockstep import Coordinator, Group, GroupError
 from broadbeam_runtime.settings import RankSettings
 from broadbeam_runtime.sim_blocks import BlockPool, block_keys
@@ -63,7 +64,11 @@ class SimEngine:
     """`core.Engine` without torch; `connector` is None where KV is not transferred."""
 
     def __init__(
-        self, settings: RankSettings, coordinator: str, connector: KVConnector | None, progress: LoadProgress
+        self,
+        settings: RankSettings,
+        coordinator: str,
+        connector: PullConnector | None,
+        progress: LoadProgress,
     ) -> None:
         self._config = config = settings.config
         self._settings = settings
@@ -96,10 +101,13 @@ class SimEngine:
             config.sim.stall_s,
         )
         self._group.on_call = self._wake
+        if connector is not None:
+            connector.wake = self._wake
         self._work = threading.Condition()
         self._submitted: deque[Request] = deque()
         self._aborted: deque[str] = deque()
         self._stopping = False
+        self._poked = False
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._pulling: dict[str, Sequence] = {}
@@ -203,15 +211,17 @@ class SimEngine:
     def _wait(self) -> bool:
         """Until there is something to do; False to stop."""
         with self._work:
-            if not self._running and not self._waiting and not self._group.called:
+            if not self._running:
                 self._work.wait_for(self._stirred, IDLE_WAIT_S)
+            self._poked = False
             return not self._stopping
 
     def _stirred(self) -> bool:
-        return bool(self._submitted or self._aborted or self._stopping or self._group.called)
+        return bool(self._poked or self._submitted or self._aborted or self._stopping or self._group.called)
 
     def _wake(self) -> None:
         with self._work:
+            self._poked = True
             self._work.notify()
 
     def _admit_submitted(self) -> None:
@@ -349,7 +359,8 @@ class SimEngine:
 
     def _start_pull(self, sequence: Sequence) -> None:
         remote = sequence.request.remote_prefill
-        assert remote is not None and self._connector is not None
+        assert remote is not None
+        assert self._connector is not None
         self._pulling[sequence.request.id] = sequence
         self._counts["external_queries"] += remote.num_tokens
         wanted = math.ceil(remote.num_tokens / self._block_size)

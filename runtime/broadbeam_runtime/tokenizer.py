@@ -100,7 +100,7 @@ class HuggingFaceTokenizer:
             return added.encode()
         if not self._byte_level:
             return None
-        token = self._fast.id_to_token(token_id)
+        token: str | None = self._fast.id_to_token(token_id)
         if token is None:  # the model's vocabulary may be padded past the tokenizer's
             return b""
         table = _unicode_to_byte()

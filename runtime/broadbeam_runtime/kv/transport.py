@@ -1,0 +1,48 @@
+"""What moves the bytes of a pull; `pull.py` does all the rest: leases, handshakes, heartbeats, time limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from broadbeam_runtime.kv.connector import PoolLayout
+from broadbeam_runtime.kv.leases import Ticket
+
+if TYPE_CHECKING:
+    import torch
+
+# Whether the ticket's reader may read these blocks now.
+MayRead = Callable[[Ticket, Sequence[int]], bool]
+
+
+class TransferError(Exception):
+    """A read that failed, or a peer that cannot be reached; the message is for an operator."""
+
+
+class Transport(Protocol):
+    """Used by the connector's thread only. No method blocks for long; errors are TransferError."""
+
+    name: str
+    notifies: bool  # whether a finished read tells the prefill rank by itself (see `finished`)
+
+    def start(self, pool: torch.Tensor, layout: PoolLayout, may_read: MayRead) -> bytes:
+        """Register the pool; `reach`, which lets other ranks read it."""
+
+    def connect(self, reach: bytes, blocks: int, host: str) -> Any:
+        """A handle of a peer with `blocks` blocks."""
+
+    def begin(self, peer: Any, ticket: Ticket, remote: Sequence[int], local: Sequence[int]) -> Any:
+        """Start reading; a handle for `poll`."""
+
+    def poll(self, read: Any) -> bool:
+        """True once all bytes are in place."""
+
+    def abandon(self, read: Any) -> None:
+        """Stop a read; afterwards nothing writes to its local blocks."""
+
+    def finished(self) -> list[Ticket]:
+        """Reads that other ranks have reported as complete since the last call."""
+
+    def disconnect(self, peer: Any) -> None: ...
+
+    def stop(self) -> None: ...
