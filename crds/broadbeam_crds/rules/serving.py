@@ -87,12 +87,11 @@ RULES: Final = (
         ),
     ),
     Rule(
-        "spec.rollout.canary.weights: [{value}] must rise from step to step",
+        "spec.rollout.canary.weights: each must be at least the one before",
         _canary_weights,
         Cel(
             "spec",
             "!has(self.rollout.canary) || self.rollout.canary.weights.isSorted()",
-            {"value": "self.rollout.canary.weights.map(w, string(w)).join(', ')"},
         ),
     ),
     Rule(

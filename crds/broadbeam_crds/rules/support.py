@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from broadbeam_crds.rules.rule import Cel, Finding, Rule, cel_list, cel_text, pool_in_spec_rule
+from broadbeam_crds.rules.rule import Cel, Finding, Rule, cel_list, cel_literal, cel_text, pool_in_spec_rule
 from broadbeam_crds.v1alpha1 import EngineName, Pool, ServingCluster
 
 OURS: Final[tuple[EngineName, ...]] = ("broadbeam", "sim")
@@ -41,7 +41,7 @@ class Unbuilt:
 
     def message(self, path: str) -> str:
         value = ": {value}" if self.shows_value else ":"
-        limit = f" (only {' or '.join(map(_shown, self.only))})" if self.only else ""
+        limit = f" (only {' or '.join(map(_text, self.only))})" if self.only else ""
         return f"{path}{value} not supported yet by {self.who}{limit}{f'; {self.why}' if self.why else ''}"
 
     def finding(self, values: dict[str, Any], engine: EngineName) -> Finding | None:
@@ -52,30 +52,32 @@ class Unbuilt:
             found = found.get(key) if isinstance(found, dict) else None
         if found is None or found in self.only or (self.never and found not in self.never):
             return None
-        return {"value": _shown(found), "limit": " or ".join(map(_shown, self.only)), "engine": engine}
+        return {"value": _text(found), "limit": " or ".join(map(_text, self.only)), "engine": engine}
 
     def broken(self, root: str) -> str:
         """CEL that is true when the field is used; `root` is what it belongs to."""
         keys = self.field.split(".")
         terms = [f"self.engine.name in {cel_list(self.engines)}"] if self.engines else []
         terms += [f"has({root}.{'.'.join(keys[: i + 1])})" for i in range(len(keys))]
+        # No string() here: of an int-or-string it is beyond the cost that the API server allows.
+        value = f"{root}.{self.field}"
         if self.only:
-            terms.append(f"!({self._text(root)} in {cel_list(map(str_, self.only))})")
+            terms.append(" && ".join(f"{value} != {cel_literal(each)}" for each in self.only))
         if self.never:
-            terms.append(f"{self._text(root)} in {cel_list(map(str_, self.never))}")
+            terms.append("(" + " || ".join(f"{value} == {cel_literal(each)}" for each in self.never) + ")")
         return " && ".join(terms)
 
     def cel_values(self, root: str) -> dict[str, str]:
-        """CEL for the message's gaps; text is shown in quotes."""
+        """CEL for the message's gaps."""
         values = {"engine": "self.engine.name"} if self.engines else {}
-        if self.shows_value:
-            text = self._text(root)
-            quoted = all(isinstance(each, str) for each in self.only + self.never)
-            values["value"] = f"({cel_text(chr(34))} + {text} + {cel_text(chr(34))})" if quoted else text
-        return values
+        return values | ({"value": self._value(root)} if self.shows_value else {})
 
-    def _text(self, root: str) -> str:
-        return f"string({root}.{self.field})"
+    def _value(self, root: str) -> str:
+        if len(self.never) == 1:
+            return cel_literal(self.never[0])
+        # What is not "disabled" is a number, though the API server knows only that it may be either.
+        number = "int({})" if self.only == ("disabled",) else "{}"
+        return f"string({number.format(f'{root}.{self.field}')})"
 
 
 POOLS: Final = (
@@ -215,17 +217,13 @@ def _fp4_dispatch_backend(pool: Pool, cluster: ServingCluster) -> Finding | None
     return {"value": pool.all_to_all, "limit": _VLLM_FP4_DISPATCH}
 
 
-def str_(value: Scalar) -> str:
-    """As CEL's string() writes it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _shown(value: object) -> str:
+def _text(value: object) -> str:
+    """A value as CEL's string() writes it; objects are not shown."""
     match value:
-        case str() if not value.isdigit():
-            return f'"{value}"'
+        case bool():
+            return "true" if value else "false"
         case str() | int():
-            return str_(value)
+            return str(value)
         case _:
             return ""
 
