@@ -22,9 +22,7 @@ from broadbeam_operator.cluster import CONFIG_MAP, POD, SERVICE, Kind, Object
 from broadbeam_operator.local.controllers import is_ready
 from broadbeam_operator.local.environment import Lookup, Manifest, Sources
 from broadbeam_operator.local.pods import PodProcess, PodRunner
-from broadbeam_operator.local.store import Store
-
-SECRET = Kind("v1", "Secret", "secrets")
+from broadbeam_operator.local.store import SECRET, Store
 
 
 def store_sources(store: Store) -> Sources:

@@ -14,6 +14,7 @@ from uuid import uuid4
 from broadbeam_operator.cluster import POD, ClusterError, Kind, Object, kind_of
 
 Key = tuple[str, str, str]  # plural, namespace, name
+SECRET = Kind("v1", "Secret", "secrets")  # the operator itself never touches one
 MAX_EVENTS = 500
 INVALID = 422
 
@@ -60,7 +61,7 @@ class Store:
         """Merge `obj`; what our last apply had and this one lacks goes, lists are replaced whole."""
         wanted = copy.deepcopy(obj)
         wanted.pop("status", None)
-        key = _key(kind_of(obj), obj)
+        key = _key(obj)
         entry = self._entries.get(key)
         if entry is None:
             return self._create(key, wanted, applied=wanted)
@@ -121,14 +122,14 @@ class Store:
 
     def create(self, obj: Object) -> Object:
         """ClusterError 409 if there is one of that name."""
-        key = _key(kind_of(obj), obj)
+        key = _key(obj)
         if key in self._entries:
             raise ClusterError(f"{key[0]} {key[2]!r} already exists", 409)
         return self._create(key, copy.deepcopy(obj))
 
     def set_status(self, obj: Object, status: Object) -> None:
         """Replace the status of what is still there of `obj`; conditions of other types are kept."""
-        key = _key(kind_of(obj), obj)
+        key = _key(obj)
         entry = self._entries.get(key)
         if entry is None or entry.obj["metadata"]["uid"] != obj["metadata"]["uid"]:
             return
@@ -140,7 +141,7 @@ class Store:
 
     def remove(self, obj: Object) -> None:
         """Take an object away for good, and with it everything that it alone owns."""
-        key = _key(kind_of(obj), obj)
+        key = _key(obj)
         entry = self._entries.get(key)
         if entry is None or entry.obj["metadata"]["uid"] != obj["metadata"]["uid"]:
             return
@@ -191,7 +192,7 @@ class Store:
             owners = entry.obj["metadata"].get("ownerReferences") or ()
             if not owners or any(owner["uid"] in uids for owner in owners):
                 continue
-            if kind_of(entry.obj) != POD:
+            if not POD.of(entry.obj):
                 self.remove(entry.obj)
             elif "deletionTimestamp" not in entry.obj["metadata"]:
                 entry.obj["metadata"]["deletionTimestamp"] = _now()
@@ -243,7 +244,8 @@ def _content(obj: Object) -> Object:
     return {key: value for key, value in obj.items() if key not in ("metadata", "status")}
 
 
-def _key(kind: Kind, obj: Object) -> Key:
+def _key(obj: Object) -> Key:
+    kind = SECRET if SECRET.of(obj) else kind_of(obj)
     return kind.plural, obj["metadata"]["namespace"], obj["metadata"]["name"]
 
 

@@ -1,0 +1,173 @@
+"""`broadbeam up`: run a cluster here until Ctrl-C, and say how it is."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from broadbeam_operator.local.pods import PodProcess
+from broadbeam_operator.local.progress import Progress
+from broadbeam_operator.local.session import Session
+from broadbeam_operator.local.view import View
+
+POLL_S = 0.25
+STOP_GRACE_S = 10.0  # running requests may finish; a second Ctrl-C does not wait
+GIVE_UP_RESTARTS = 3  # of one pod, before the cluster was ever Available
+EXIT_OK = 0
+EXIT_FAILED = 1
+
+
+class CannotServeError(Exception):
+    """The cluster will not become Available; `details` are lines worth reading after the message."""
+
+    def __init__(self, message: str, details: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.details = details
+
+
+@dataclass(slots=True)
+class Interrupt:
+    """SIGINT or SIGTERM: the first asks for a stop, the second for one at once."""
+
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
+    insisted: asyncio.Event = field(default_factory=asyncio.Event)
+    signum: int = 0
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.signum
+
+    def on_signal(self, signum: int) -> None:
+        if self.asked.is_set():
+            self.insisted.set()
+        self.signum = signum
+        self.asked.set()
+
+
+@contextmanager
+def interrupts() -> Iterator[Interrupt]:
+    """Signals become events for the length of the body."""
+    loop, interrupt = asyncio.get_running_loop(), Interrupt()
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(signum, interrupt.on_signal, signum)
+    try:
+        yield interrupt
+    finally:
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.remove_signal_handler(signum)
+
+
+@dataclass(slots=True)
+class Watch:
+    """Looks at a session again and again, shows it, and tells of every container that ended."""
+
+    session: Session
+    view: View
+    restarts: dict[str, int] = field(default_factory=dict)  # pod -> those already told of
+
+    async def look(self) -> Progress:
+        now = await self.session.progress()
+        self.view.show(now)
+        for pod in now.pods:
+            if pod.restarts > self.restarts.get(pod.name, 0):
+                self.view.say(f"{pod.name} was restarted; it said last:")
+                for line in self.last_words(pod.name, lines=5):
+                    self.view.plain(f"    {line}")
+            self.restarts[pod.name] = pod.restarts
+        return now
+
+    async def until_available(self, interrupt: Interrupt, timeout_s: float) -> bool:
+        """True once Available, False when interrupted first; CannotServeError when it will not be."""
+        deadline = time.monotonic() + timeout_s
+        while not interrupt.asked.is_set():
+            now = await self.look()
+            if now.available:
+                return True
+            self._give_up_on(now, timeout_s if time.monotonic() > deadline else None)
+            await pause(interrupt, POLL_S)
+        return False
+
+    async def until_interrupted(self, interrupt: Interrupt) -> None:
+        """Show what happens for as long as the cluster is wanted."""
+        available = True
+        while not interrupt.asked.is_set():
+            now = await self.look()
+            if now.available != available:
+                available = now.available
+                self.view.say("available again" if available else f"not available: {now.state}")
+            await pause(interrupt, POLL_S)
+
+    def _give_up_on(self, now: Progress, timed_out_s: float | None) -> None:
+        if now.refused:
+            raise CannotServeError(f"the manifest is refused: {now.refused}")
+        for pod in now.pods:
+            if pod.restarts >= GIVE_UP_RESTARTS:
+                message = f"{pod.name} keeps failing ({pod.trouble or pod.stage}, {pod.restarts} restarts)"
+                raise CannotServeError(message, self.epitaph(pod.name))
+        if timed_out_s is not None:
+            late = next((pod for pod in now.pods if not pod.ready), None)
+            where = f": {late.name} is at: {late.trouble or late.stage}" if late else ""
+            details = self.epitaph(late.name) if late else ()
+            raise CannotServeError(f"not available after {timed_out_s:g} s (--timeout){where}", details)
+
+    def epitaph(self, pod_name: str) -> tuple[str, ...]:
+        """What a pod's process said last, and where the rest of it is."""
+        pod = self.session.pod(pod_name)
+        if pod is None:
+            return ()
+        words = self.last_words(pod_name)
+        head = (f"the last words of {pod_name}:",) if words else ()
+        return (*head, *(f"    {line}" for line in words), f"its log: {log_of(pod)}")
+
+    def last_words(self, pod_name: str, lines: int = 20) -> list[str]:
+        pod = self.session.pod(pod_name)
+        return [line for name in pod.logs() for line in pod.last_words(name)][-lines:] if pod else []
+
+
+def log_of(pod: PodProcess) -> Path:
+    return list(pod.logs().values())[-1]
+
+
+async def pause(interrupt: Interrupt, seconds: float) -> None:
+    """Sleep, but not past an interrupt."""
+    await asyncio.wait([asyncio.ensure_future(interrupt.asked.wait())], timeout=seconds)
+
+
+async def stop(session: Session, interrupt: Interrupt, view: View) -> None:
+    """End every process gracefully; at once when interrupted again."""
+    view.say("stopping; Ctrl-C again to stop at once")
+    stopping = asyncio.create_task(session.stop(STOP_GRACE_S))
+    insisted = asyncio.create_task(interrupt.insisted.wait())
+    await asyncio.wait([stopping, insisted], return_when=asyncio.FIRST_COMPLETED)
+    if not stopping.done():
+        await session.stop(0)
+    insisted.cancel()
+    await stopping
+
+
+async def up(session: Session, view: View, interrupt: Interrupt, timeout_s: float, key: str | None) -> int:
+    """Until interrupted; the exit status. CannotServeError when the cluster does not become Available."""
+    watch = Watch(session, view)
+    available = await watch.until_available(interrupt, timeout_s)
+    if available:
+        view.say(f"available at {session.url}")
+        view.plain(curl(session.url, session.cluster.spec.model.name, key))
+        view.say("Ctrl-C stops it")
+        await watch.until_interrupted(interrupt)
+    await stop(session, interrupt, view)
+    return EXIT_OK if available else interrupt.exit_code
+
+
+def curl(url: str, model: str, key: str | None) -> str:
+    """One line that asks the gateway something."""
+    body = {"model": model, "messages": [{"role": "user", "content": "Why is the sky blue?"}], "stream": True}
+    auth = f" -H 'Authorization: Bearer {key}'" if key else ""
+    return (
+        f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json'{auth} -d '{json.dumps(body)}'"
+    )
