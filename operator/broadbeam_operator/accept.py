@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from broadbeam_crds.checks import validate
 from broadbeam_crds.v1alpha1 import ManifestError, ServingCluster, cluster_from
 from broadbeam_operator.cluster import Object
-from broadbeam_operator.manifests import overlay
+from broadbeam_operator.manifests import overlay, vllm
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,11 @@ def accept(resource: Object) -> ServingCluster | Refused:
 
 def refusals(cluster: ServingCluster) -> list[str]:
     """Everything that is wrong with a well-formed cluster, `field: what` a line."""
-    return [*(violation.message for violation in validate(cluster)), *_templates(cluster)]
+    return [
+        *(violation.message for violation in validate(cluster)),
+        *vllm.refusals(cluster),
+        *_templates(cluster),
+    ]
 
 
 def _templates(cluster: ServingCluster) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from broadbeam_operator.cluster import Object
 
 # Worth an Event, with the statuses that are bad news.
-BAD = {"Accepted": "False", "Progressing": "", "Available": "False", "Degraded": "True"}
+BAD = {"Accepted": "False", "Available": "False", "Progressing": "", "Degraded": "True"}
 # What a new cluster begins with, and nobody needs to hear.
 INITIAL = {("Available", "False"), ("Degraded", "False"), ("Progressing", "False")}
 

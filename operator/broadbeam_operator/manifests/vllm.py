@@ -16,18 +16,22 @@ from broadbeam_crds.conventions import (
     COORDINATOR_PORT,
     ENV_NODE_INDEX,
     ENV_POD_IP,
-    KV_EVENTS_PORT,
-    KV_REPLAY_PORT,
     KV_SIDE_CHANNEL_PORT,
     RANK_HTTP_PORT,
     SUPERVISOR_PORT,
 )
-from broadbeam_crds.v1alpha1 import DualBatchOverlap, KVOffload, KVTransfer, Role, WeightOffload
+from broadbeam_crds.model_shapes import shape_of
+from broadbeam_crds.v1alpha1 import (
+    DualBatchOverlap,
+    ServingCluster,
+    WeightOffload,
+)
 from broadbeam_operator.cluster import Object
 from broadbeam_operator.manifests.group import Group
 from broadbeam_operator.manifests.objects import container_security, http_probe
 from broadbeam_operator.manifests.storage import CACHE_DIR, source_in_pod
 from broadbeam_operator.manifests.transport import capabilities
+from broadbeam_operator.manifests.vllm_kv import kv_events, kv_transfer
 
 ALL_TO_ALL = {
     "allgather-reducescatter": "allgather_reducescatter",
@@ -49,7 +53,6 @@ CUDA_GRAPHS = {
     "full-decode-only": "FULL_DECODE_ONLY",
     "full-and-piecewise": "FULL_AND_PIECEWISE",
 }
-KV_ROLES: dict[Role, str] = {"prefill": "kv_producer", "decode": "kv_consumer", "both": "kv_both"}
 UNCHUNKED_OUTPUTS = 2**31 - 1  # more than any step has
 START_LIMIT_S = 3600  # loading 700 GB from a shared disk, capturing graphs, tuning kernels
 PROBE_PERIOD_S = 10
@@ -141,12 +144,18 @@ def _experts(group: Group) -> list[str]:
         "num_redundant_experts": balancing.redundant_experts,
     }
     return [
-        *(["--enable-expert-parallel"] if pool.expert_parallel > 1 else []),
+        *(["--enable-expert-parallel"] if shards_experts(group) else []),
         *_flag("--all2all-backend", ALL_TO_ALL.get(pool.all_to_all)),
         *(["--enable-eplb"] if eplb else []),
         *_json("--eplb-config", eplb),
         *(_overlap(overlap) if overlap else []),
     ]
+
+
+def shards_experts(group: Group) -> bool:
+    """vLLM refuses the flag for a dense model; a model nobody knows is taken for one with experts."""
+    shape = shape_of(group.cluster.spec.model)
+    return group.pool.expert_parallel > 1 and (shape is None or shape.experts is not None)
 
 
 def _overlap(overlap: DualBatchOverlap) -> list[str]:
@@ -204,50 +213,6 @@ def _scheduling(group: Group) -> list[str]:
     ]
 
 
-def kv_transfer(group: Group) -> Object | None:
-    """One connector as it is, both under vLLM's MultiConnector."""
-    kv = group.cluster.spec.kv
-    connectors = []
-    if kv.transfer:
-        connectors.append(_nixl(kv.transfer, group.pool.role))
-    if kv.offload:
-        connectors.append(_offloading(kv.offload, group.pool.parallelism.tensor))
-    if len(connectors) < 2:
-        return connectors[0] if connectors else None
-    return {
-        "kv_connector": "MultiConnector",
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": {"connectors": connectors},
-    }
-
-
-def _nixl(transfer: KVTransfer, role: Role) -> Object:
-    return {
-        "kv_connector": "NixlConnector",
-        "kv_role": KV_ROLES[role],
-        "kv_load_failure_policy": transfer.load_failure_policy,
-        "kv_connector_extra_config": {"kv_lease_duration": max(1, round(transfer.lease.seconds))},
-    }
-
-
-def _offloading(offload: KVOffload, tensor: int) -> Object:
-    extra = {
-        "cpu_bytes_to_use": offload.host_memory.bytes * tensor,  # over the devices of one API server
-        "eviction_policy": offload.eviction_policy,
-    }
-    return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
-
-
-def kv_events() -> Object:
-    """vLLM adds the data-parallel rank to both ports."""
-    return {
-        "enable_kv_cache_events": True,
-        "publisher": "zmq",
-        "endpoint": f"tcp://*:{KV_EVENTS_PORT}",
-        "replay_endpoint": f"tcp://*:{KV_REPLAY_PORT}",
-    }
-
-
 def environment(group: Group) -> list[Object]:
     spec, pool = group.cluster.spec, group.pool
     chunking = pool.chunking
@@ -260,7 +225,6 @@ def environment(group: Group) -> list[Object]:
         "VLLM_CACHE_ROOT": f"{CACHE_DIR}/vllm",
         "VLLM_NIXL_SIDE_CHANNEL_HOST": f"$({ENV_POD_IP})" if spec.kv.transfer else None,
         "VLLM_NIXL_SIDE_CHANNEL_PORT": KV_SIDE_CHANNEL_PORT if spec.kv.transfer else None,
-        "OMP_NUM_THREADS": spec.engine.threads or None,
         # Quantised for the wire where the all-to-all leaves the choice; the one-sided NVLink one always is.
         "VLLM_DEEPEPLL_NVFP4_DISPATCH": 1 if pool.precision.dispatch == "nvfp4" else None,
     }
@@ -272,6 +236,25 @@ def environment(group: Group) -> list[Object]:
             "VLLM_V1_OUTPUT_PROC_CHUNK_SIZE": chunking.output and (chunking.output.size or UNCHUNKED_OUTPUTS),
         }
     return [{"name": key, "value": str(value)} for key, value in variables.items() if value is not None]
+
+
+def refusals(cluster: ServingCluster) -> list[str]:
+    """What vLLM has no flag for: said here, because rendering it would change nothing."""
+    if cluster.spec.engine.name != "vllm":
+        return []
+    found = []
+    for pool in cluster.spec.pools:
+        where, precision = f"spec.pools[{pool.name}].precision", pool.precision
+        if precision.moe == "bf16":
+            found.append(
+                f'{where}.moe: "bf16" not supported by engine vllm; it keeps what the checkpoint holds'
+            )
+        if precision.dispatch not in ("auto", "nvfp4"):
+            found.append(
+                f'{where}.dispatch: "{precision.dispatch}" not supported by engine vllm '
+                '(only "auto" or "nvfp4"); it follows the format of the experts'
+            )
+    return found
 
 
 def model_in_pod(source: str) -> str:
