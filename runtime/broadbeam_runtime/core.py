@@ -104,6 +104,17 @@ class EngineStats:
 
 
 @dataclass(frozen=True, slots=True)
+class RankIdentity:
+    """Which rank of its group a process is. `coordinator` is the resolved address of the group's node 0."""
+
+    global_rank: int = 0
+    local_rank: int = 0
+    world: int = 1
+    host: str = "127.0.0.1"  # this pod's address, for the group's own connections
+    coordinator: str = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What the server must know about a loaded model."""
 

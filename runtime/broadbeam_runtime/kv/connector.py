@@ -7,7 +7,7 @@ handshake on the side channel and use vLLM's `kv_transfer_params` field names.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -38,6 +38,8 @@ class PullResult:
 class KVConnector(Protocol):
     """Owned and called by the engine thread only; no method blocks for longer than a few microseconds,
     network work happens on the connector's own thread."""
+
+    wake: Callable[[], None]  # set by the engine; called, from any thread, when `released` or `pulled` have news
 
     def start(self, pool: torch.Tensor, layout: PoolLayout) -> None:
         """Register `pool`, (blocks, block_bytes) uint8, and listen on the side channel."""

@@ -1,0 +1,1 @@
+"""Mixture of experts: routing, the exchange between ranks, the experts themselves."""

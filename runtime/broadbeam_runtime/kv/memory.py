@@ -1,0 +1,81 @@
+"""How much memory the KV cache takes, and the tensor that is it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from broadbeam_crds.engine_config import ConfigError, EngineConfig
+from broadbeam_runtime.models.architecture import Architecture
+
+CPU_SHARE = 0.25  # of the memory that is free when the engine starts, over the pod's ranks
+CUDA_SHARE = 0.85  # of what the weights left free; the rest is for activations
+MIB = 1 << 20
+
+
+def make_cache(
+    config: EngineConfig, shape: Architecture, max_len: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The cache (blocks, layers, block_size, width): a block is one run of bytes. ConfigError if it cannot
+    hold one sequence of `max_len` tokens, or is more than there is."""
+    size = config.cache.block_size
+    block_bytes = shape.layers * size * shape.kv_width * dtype.itemsize
+    per_sequence = -(-max_len // size)
+    free = free_bytes(device)
+    given = config.cache.memory_bytes
+    if given is None:
+        share = CUDA_SHARE if device.type == "cuda" else CPU_SHARE / config.parallel.ranks_per_node
+        useful = (config.scheduling.max_sequences + 1) * per_sequence * block_bytes
+        budget = min(int(free * share), useful)
+    elif given > free:
+        raise ConfigError(
+            f"cache.memory_bytes is {_mib(given)}, but only {_mib(free)} are free on {device.type}"
+        )
+    else:
+        budget = given
+    blocks = budget // block_bytes
+    if blocks < per_sequence:
+        name = "the share of free memory" if given is None else "cache.memory_bytes"
+        raise ConfigError(
+            f"{name} is {_mib(budget)}, but one sequence of model.max_model_len = {max_len} tokens needs "
+            f"{_mib(per_sequence * block_bytes)}; give more memory or a smaller max_model_len"
+        )
+    return torch.zeros(blocks, shape.layers, size, shape.kv_width, dtype=dtype, device=device)
+
+
+def cache_dtype(config: EngineConfig, compute: torch.dtype) -> torch.dtype:
+    match config.cache.dtype:
+        case "auto":
+            return compute
+        case "fp8":
+            raise ConfigError(
+                "cache.dtype fp8 is not supported yet by engine broadbeam; use auto or bfloat16"
+            )
+        case name:
+            dtype = getattr(torch, name)
+            assert isinstance(dtype, torch.dtype)
+            return dtype
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free device memory; on a CPU what the kernel calls available, within the container's limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = (_cgroup(name) for name in ("memory.max", "memory.current"))
+    return min(available, limit - used) if limit is not None and used is not None else available
+
+
+def _cgroup(name: str) -> int | None:
+    try:
+        text = Path("/sys/fs/cgroup", name).read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdecimal() else None
+
+
+def _mib(count: int) -> str:
+    return f"{count / MIB:,.1f} MiB"

@@ -1,0 +1,1 @@
+"""Model families, each a list of decoder layers built straight from its checkpoint."""
