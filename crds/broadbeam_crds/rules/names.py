@@ -29,14 +29,6 @@ def _lengths(pool: Pool, cluster: ServingCluster) -> Finding | None:
     return {"cluster": cluster.metadata.name, "value": length, "limit": NAMES_LIMIT}
 
 
-def _long(text: str) -> str:
-    """CEL for the first pool whose name is too long beside the cluster's."""
-    return (
-        f"self.spec.pools.filter(p, size(self.metadata.name) + size(p.name) > {NAMES_LIMIT})"
-        f".map(p, {text})[0]"
-    )
-
-
 def _for_each_long(cluster: ServingCluster) -> Iterator[Finding]:
     for pool in cluster.spec.pools:
         finding = _lengths(pool, cluster)
@@ -53,6 +45,8 @@ def _reserved(pool: Pool, _: ServingCluster) -> Finding | None:
     return {"value": pool.name} if pool.name in RESERVED_POOL_NAMES else None
 
 
+_LENGTH: Final = "(size(self.metadata.name) + size(p.name))"
+
 RULES: Final = (
     Rule(
         'metadata.name: "{value}" must begin with a letter and hold only a-z, 0-9 and "-"',
@@ -65,13 +59,14 @@ RULES: Final = (
         _for_each_long,
         Cel(
             "cluster",
-            f"self.spec.pools.all(p, size(self.metadata.name) + size(p.name) <= {NAMES_LIMIT})",
+            f"self.spec.pools.all(p, {_LENGTH} <= {NAMES_LIMIT})",
             {
-                "pool": _long("p.name"),
+                "pool": "p.name",
                 "cluster": "self.metadata.name",
-                "value": _long("string(size(self.metadata.name) + size(p.name))"),
+                "value": f"string({_LENGTH})",
                 "limit": f"'{NAMES_LIMIT}'",
             },
+            f"self.spec.pools.filter(p, {_LENGTH} > {NAMES_LIMIT})",
         ),
     ),
     # The API server knows pools by name and refuses a second one itself ("Duplicate value").

@@ -108,7 +108,8 @@ RULES: Final = (
         Cel(
             "spec",
             f"!{_PREFILL} || has(self.kv.transfer)",
-            {"prefill": "self.pools.filter(p, p.role == 'prefill')[0].name"},
+            {"prefill": "p.name"},
+            "self.pools.filter(p, p.role == 'prefill')",
         ),
     ),
     pool_in_spec_rule(

@@ -28,11 +28,13 @@ class Violation:
 
 @dataclass(frozen=True, slots=True)
 class Cel:
-    """`rule` must be true. `values` are string expressions for the message's gaps."""
+    """`rule` must be true. `values` are string expressions for the message's gaps, over `self` or over the
+    variable of `first`, such as self.pools.filter(p, ...), which finds what the message is about."""
 
     scope: Literal["cluster", "spec", "pool"]
     rule: str
     values: Mapping[str, str] = field(default_factory=dict)
+    first: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,8 @@ class Rule:
         assert self.cel is not None
         text, *rest = re.split(r"\{(\w+)\}", self.message.replace("%", "%%"))
         gaps = [self.cel.values[gap] for gap in rest[::2]]
-        return f"{cel_text('%s'.join((text, *rest[1::2])))}.format([{', '.join(gaps)}])"
+        told = f"{cel_text('%s'.join((text, *rest[1::2])))}.format([{', '.join(gaps)}])"
+        return f"{self.cel.first}.map(p, {told})[0]" if self.cel.first else told
 
 
 def pool_rule(
@@ -82,8 +85,8 @@ def pool_in_spec_rule(
 ) -> Rule:
     """A rule about one pool `p` beside the rest of the spec: `broken` is CEL that must hold for none."""
     places = {"pool": "p.name"} | dict(values or {})
-    first = {gap: f"self.pools.filter(p, {broken}).map(p, {text})[0]" for gap, text in places.items()}
-    return Rule(message, _for_each_pool(find), Cel("spec", f"!self.pools.exists(p, {broken})", first))
+    first = f"self.pools.filter(p, {broken})"
+    return Rule(message, _for_each_pool(find), Cel("spec", f"!self.pools.exists(p, {broken})", places, first))
 
 
 def _for_each_pool(

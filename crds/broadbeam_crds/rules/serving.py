@@ -69,7 +69,6 @@ def _sim_of_another(cluster: ServingCluster) -> Iterator[Finding]:
 
 _LISTENERS: Final = "self.gateway.listeners"
 _TWICE: Final = f"{_LISTENERS}.exists_one(y, y.port == x.port)"
-_SHARED: Final = f"{_LISTENERS}.filter(x, !{_TWICE})[0].port"
 _METRICS: Final = f"x.port == {GATEWAY_METRICS_PORT}"
 _ONE_VALUE: Final = "has(e.value) != has(e.valueFrom)"
 _OWN: Final = f"e.name.startsWith('{_RESERVED}')"
@@ -101,10 +100,11 @@ RULES: Final = (
             "spec",
             f"{_LISTENERS}.all(x, {_TWICE})",
             {
-                "n": f"string(size({_LISTENERS}.filter(y, y.port == {_SHARED})))",
-                "value": f"string({_SHARED})",
+                "n": f"string(size({_LISTENERS}.filter(y, y.port == p.port)))",
+                "value": "string(p.port)",
                 "limit": "'1'",
             },
+            f"{_LISTENERS}.filter(x, !{_TWICE})",
         ),
     ),
     # As with pools, the API server refuses a second item of one name itself.
@@ -115,7 +115,8 @@ RULES: Final = (
         Cel(
             "spec",
             f"!{_LISTENERS}.exists(x, {_METRICS})",
-            {"name": f"{_LISTENERS}.filter(x, {_METRICS})[0].name", "value": f"'{GATEWAY_METRICS_PORT}'"},
+            {"name": "p.name", "value": f"'{GATEWAY_METRICS_PORT}'"},
+            f"{_LISTENERS}.filter(x, {_METRICS})",
         ),
     ),
     Rule(
@@ -124,7 +125,8 @@ RULES: Final = (
         Cel(
             "spec",
             f"!has(self.engine.env) || self.engine.env.all(e, {_ONE_VALUE})",
-            {"name": f"self.engine.env.filter(e, !({_ONE_VALUE}))[0].name"},
+            {"name": "p.name"},
+            f"self.engine.env.filter(e, !({_ONE_VALUE}))",
         ),
     ),
     Rule(
@@ -133,7 +135,8 @@ RULES: Final = (
         Cel(
             "spec",
             f"!has(self.engine.env) || !self.engine.env.exists(e, {_OWN})",
-            {"name": f"self.engine.env.filter(e, {_OWN})[0].name"},
+            {"name": "p.name"},
+            f"self.engine.env.filter(e, {_OWN})",
         ),
     ),
     Rule("spec.engine.env: {n} variables are named {value}; the limit is {limit}", _variables_twice),

@@ -93,16 +93,17 @@ POOLS: Final = (
     Unbuilt("chunking.output", OURS, only=("disabled",)),
     Unbuilt("chunking.moeDataParallel", VLLM, only=("disabled",), why=_GONE),
     Unbuilt("chunking.moeActivation", VLLM, only=("disabled",), why=_GONE),
-    Unbuilt("chunking.output", VLLM, never=("disabled",), why="give a number of outputs"),
     Unbuilt("scheduling.async", OURS, only=(False,)),
     Unbuilt("scheduling.cudaGraph", OURS, only=("auto", "none")),
     Unbuilt("precision.moe", OURS, only=("auto", "bf16", "fp32")),
     Unbuilt("precision.attention", OURS, only=("auto", "bf16", "fp32")),
     Unbuilt("precision.dispatch", OURS, only=("auto", "bf16", "fp32")),
     Unbuilt("precision.kvCache", OURS, only=("auto", "bf16", "fp16", "fp32")),
-    Unbuilt("precision.moe", VLLM, never=("fp32",)),
+    Unbuilt("precision.moe", VLLM, never=("fp32", "bf16"), why="vLLM keeps what the checkpoint holds"),
     Unbuilt("precision.attention", VLLM, never=("fp32",)),
-    Unbuilt("precision.dispatch", VLLM, never=("fp32",)),
+    Unbuilt(
+        "precision.dispatch", VLLM, only=("auto", "nvfp4"), why="otherwise it follows the experts' format"
+    ),
     Unbuilt("precision.kvCache", VLLM, never=("fp32",)),
     Unbuilt("autoscaling", ()),
 )
@@ -165,31 +166,14 @@ def _one_type(part: str) -> Rule:
     )
 
 
-SOURCES: Final[dict[EngineName, tuple[str, ...]]] = {
-    "broadbeam": ("oci",),
-    "vllm": ("oci", "pypi", "tiny"),
-    "sim": ("oci",),
-}
+_VLLM_CANNOT_LOAD: Final = ("pypi", "tiny")
+_SCHEME: Final = "self.model.source.split('://')[0]"
 
 
-def _source(engine: EngineName) -> Rule:
-    refused = SOURCES[engine]
-
-    def find(cluster: ServingCluster) -> Iterator[Finding]:
-        scheme = cluster.spec.model.source.partition("://")[0]
-        if cluster.spec.engine.name == engine and scheme in refused:
-            yield {"value": scheme, "engine": engine}
-
-    scheme = "self.model.source.split('://')[0]"
-    return Rule(
-        "spec.model.source: {value}:// not supported yet by engine {engine}",
-        find,
-        Cel(
-            "spec",
-            f"self.engine.name != {cel_text(engine)} || !({scheme} in {cel_list(refused)})",
-            {"value": scheme, "engine": cel_text(engine)},
-        ),
-    )
+def _source(cluster: ServingCluster) -> Iterator[Finding]:
+    scheme = cluster.spec.model.source.partition("://")[0]
+    if cluster.spec.engine.name == "vllm" and scheme in _VLLM_CANNOT_LOAD:
+        yield {"value": scheme}
 
 
 def _listeners(cluster: ServingCluster) -> Iterator[Finding]:
@@ -232,7 +216,15 @@ RULES: Final = (
     *map(_pool_rule, POOLS),
     *map(_spec_rule, SPEC),
     *map(_one_type, ("moe", "attention", "dispatch")),
-    *map(_source, SOURCES),
+    Rule(
+        "spec.model.source: {value}:// not supported by engine vllm; use hf, pvc, oci or file",
+        _source,
+        Cel(
+            "spec",
+            f"self.engine.name != 'vllm' || !({_SCHEME} in {cel_list(_VLLM_CANNOT_LOAD)})",
+            {"value": _SCHEME},
+        ),
+    ),
     Rule(
         "spec.gateway.listeners: {value} listeners not supported yet by the operator; the limit is {limit}",
         _listeners,

@@ -17,19 +17,19 @@ from broadbeam_crds.v1alpha1.status import ServingClusterStatus
 class ServingClusterSpec(ApiModel):
     """What is wanted."""
 
-    model: Model = Field(description="The model to serve.")
-    engine: Engine = Field(default_factory=Engine, description="The program that runs the model.")
+    model: Model
+    engine: Engine = Engine()
     pools: list[Pool] = Field(
         min_length=1,
         max_length=16,
         description="Groups of ranks, by name. At least one pool must decode.",
         json_schema_extra=list_map("name"),
     )
-    kv: KV = Field(default_factory=KV, description="Keys and values outside the cache of one rank.")
-    gateway: Gateway = Field(default_factory=Gateway, description="The entrance for clients.")
-    objectives: Objectives | None = Field(None, description="The speed that clients are promised.")
-    rollout: Rollout = Field(default_factory=Rollout, description="How a change reaches the groups.")
-    recovery: Recovery | None = Field(None, description="What happens when a rank dies.")
+    kv: KV = KV()
+    gateway: Gateway = Gateway()
+    objectives: Objectives | None = None
+    rollout: Rollout = Rollout()
+    recovery: Recovery | None = None
 
     @property
     def disaggregated(self) -> bool:

@@ -140,6 +140,12 @@ class Simulation(ApiModel):
         description="Size of one token's keys and values; 70272 is DeepSeek-V3's in bf16.",
     )
     seed: int = Field(0, ge=0, le=2**31 - 1, description="Seed of the simulated answers.")
+    stall: Duration = Field(
+        Duration("10s"), description="How long a dead rank stalls its group before the others notice."
+    )
+    transfer_gbit_s: float = Field(
+        100, gt=0, le=1e6, description="KV transfer between two ranks, in gigabits per second."
+    )
 
 
 Argument = Annotated[str, StringConstraints(max_length=4096)]

@@ -207,24 +207,18 @@ class Pool(ApiModel):
         description="prefill: computes prompts. decode: generates tokens. both: does both on one rank.",
     )
     groups: int = Field(1, ge=0, le=256, description="Expert-parallel groups to run.")
-    parallelism: Parallelism = Field(
-        default_factory=Parallelism, description="How the model is spread over the devices of one group."
-    )
-    accelerator: Accelerator = Field(default_factory=Accelerator, description="The devices of one pod.")
-    resources: Resources | None = Field(None, description="CPU and memory that one pod asks for.")
-    precision: Precision = Field(default_factory=Precision, description="Number formats.")
+    parallelism: Parallelism = Parallelism()
+    accelerator: Accelerator = Accelerator()
+    resources: Resources | None = None
+    precision: Precision = Precision()
     all_to_all: AllToAll = Field("auto", description="How activations reach the experts on other ranks.")
-    dual_batch_overlap: DualBatchOverlap | None = Field(
-        None, description="Overlap computing and communication by splitting a step."
-    )
-    expert_load_balancing: ExpertLoadBalancing | None = Field(
-        None, description="Copies of busy experts, and moving experts between ranks."
-    )
-    weight_offload: WeightOffload | None = Field(None, description="Weights kept in host memory.")
-    chunking: Chunking | None = Field(None, description="Work cut into pieces to bound memory.")
-    scheduling: Scheduling = Field(default_factory=Scheduling, description="How a rank fills its steps.")
-    autoscaling: Autoscaling | None = Field(None, description="Let the number of groups follow the load.")
-    kv_cache: KVCache = Field(default_factory=KVCache, description="The KV cache of one rank.")
+    dual_batch_overlap: DualBatchOverlap | None = None
+    expert_load_balancing: ExpertLoadBalancing | None = None
+    weight_offload: WeightOffload | None = None
+    chunking: Chunking | None = None
+    scheduling: Scheduling = Scheduling()
+    autoscaling: Autoscaling | None = None
+    kv_cache: KVCache = KVCache()
     template: dict[str, Any] | None = Field(
         None,
         description="Pod template laid over the generated one (metadata and spec), as kubectl patch "

@@ -36,7 +36,7 @@ class KV(ApiModel):
     """Keys and values outside the cache of one rank."""
 
     transfer: KVTransfer | None = Field(None, description="Needed as soon as there is a prefill pool.")
-    offload: KVOffload | None = Field(None, description="Keep blocks in host memory too.")
+    offload: KVOffload | None = None
     events: bool = Field(False, description="Publish which blocks a rank holds, for prefix-aware routing.")
 
 
@@ -83,11 +83,9 @@ class Gateway(ApiModel):
     policy: Literal["least-loaded", "round-robin", "random"] = Field(
         "least-loaded", description="How a rank is chosen."
     )
-    auth: GatewayAuth | None = Field(None, description="API keys. Unset: no key is asked for.")
-    limits: GatewayLimits = Field(default_factory=GatewayLimits, description="What is refused at once.")
-    timeouts: GatewayTimeouts = Field(
-        default_factory=GatewayTimeouts, description="How long engines may take."
-    )
+    auth: GatewayAuth | None = None
+    limits: GatewayLimits = GatewayLimits()
+    timeouts: GatewayTimeouts = GatewayTimeouts()
     retries: int = Field(
         2, ge=0, le=16, description="Further ranks tried for a leg, before the client has got a byte."
     )
@@ -137,7 +135,7 @@ class Rollout(ApiModel):
     max_unavailable: Share = Field(
         Share(1), description="Groups that may be missing while rolling, or a percentage."
     )
-    canary: Canary | None = Field(None, description="Try the new revision on a part of the requests first.")
+    canary: Canary | None = None
     revision_history_limit: int = Field(5, ge=0, le=100, description="Old revisions kept for a rollback.")
 
 
