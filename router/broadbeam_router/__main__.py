@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 
+import msgspec
 import uvloop
 
 from broadbeam_crds.conventions import ENV_POD_IP
@@ -25,6 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=flags.log_level.upper(), format=LOG_FORMAT, stream=sys.stderr)
     try:
         config = _checked(flags.config, read(flags.config, GatewayConfig))
+        if flags.endpoints is not None:
+            config = msgspec.structs.replace(config, endpoints=FileEndpoints(path=flags.endpoints))
         here = _surroundings(flags, config)
         # What is loaded by now stays; without it the collector's full passes are shorter.
         gc.freeze()
@@ -47,6 +50,9 @@ def _flags(argv: list[str] | None) -> argparse.Namespace:
         "--host", default=os.environ.get(ENV_POD_IP, "0.0.0.0"), help=f"address to listen on (${ENV_POD_IP})"
     )
     parser.add_argument("--port", type=int, help="instead of the config's port")
+    parser.add_argument(
+        "--endpoints", metavar="FILE", help="endpoints.json instead of the config's endpoints"
+    )
     parser.add_argument("--metrics-port", type=int, help="instead of the config's metrics_port")
     parser.add_argument(
         "--service-account", default=SERVICE_ACCOUNT_DIR, help="directory with token and ca.crt"

@@ -12,7 +12,7 @@ from broadbeam_crds.gateway_config import GatewayConfig
 from broadbeam_router import legs
 from broadbeam_router.auth import ApiKeys
 from broadbeam_router.call import Call, echoed_id, engine_lines, request_id
-from broadbeam_router.client import ClientConnection, Request, Work
+from broadbeam_router.client import ClientConnection, Work
 from broadbeam_router.errors import (
     SHAPES,
     Draining,
@@ -25,6 +25,7 @@ from broadbeam_router.errors import (
 )
 from broadbeam_router.fleet import Fleet
 from broadbeam_router.forward import Forwarder
+from broadbeam_router.incoming import Request
 from broadbeam_router.metrics import CONTENT_TYPE, Metrics
 from broadbeam_router.openai import Fields, chat_fields, completion_fields
 
@@ -37,13 +38,14 @@ CLIENT_GONE = 499  # nginx's status for it; only metrics and logs ever see it
 class Gateway:
     """Serves the public port; `MetricsPage` serves the other one."""
 
-    def __init__(self, config: GatewayConfig, fleet: Fleet, keys: ApiKeys | None) -> None:
+    def __init__(self, config: GatewayConfig, fleet: Fleet, keys: ApiKeys | None, metrics: Metrics) -> None:
         self._config = config
         self._keys = keys
         self.fleet = fleet
         self.in_flight = 0
         self.draining = False
-        self.metrics = Metrics(self)
+        self.metrics = metrics
+        metrics.watch(self)
         self._forwarder = Forwarder(
             fleet, self.metrics, config.timeouts, config.retries, config.route_headers
         )
@@ -72,6 +74,10 @@ class Gateway:
             client.respond_error(error, echoed_id(request))
         return None
 
+    def refused(self, error: RequestError) -> None:
+        """Count what a connection refused before it became a request."""
+        self.metrics.answered("none", SHAPES[type(error)].status, 0.0)
+
     # -- pages ----------------------------------------------------------------------------------------
 
     def _page(self, client: ClientConnection, request: Request) -> None:
@@ -86,6 +92,7 @@ class Gateway:
         if self._keys is not None:
             self._keys.check(request.headers.get(b"authorization"))
         client.respond(200, self._models_body)
+        self.metrics.answered("models", 200, 0.0)
 
     def health(self, client: ClientConnection, request: Request) -> None:
         client.respond(200, b"ok\n", PLAIN)
@@ -132,7 +139,7 @@ class Gateway:
             request_id=name,
             lines=engine_lines(request, name),
             started_s=started_s,
-            wants_prefill=self._config.disaggregated and bool(self.fleet.prefill) and fields.one_sequence,
+            wants_prefill=self._config.disaggregated and bool(self.fleet.prefill) and fields.splits,
         )
         self.in_flight += 1
         return Work(self._answer(call), lambda gone: self._ended(call, gone))

@@ -7,8 +7,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from broadbeam_router.client import ClientConnection, Request
+from broadbeam_router.client import ClientConnection
 from broadbeam_router.errors import InvalidRequest
+from broadbeam_router.incoming import Request
 
 Path = Literal["disaggregated", "decode-only", "fallback"]
 _request_id = re.compile(rb"[A-Za-z0-9._:-]{1,128}")

@@ -9,40 +9,23 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, cast
-
-import httptools
 
 from broadbeam_crds.gateway_config import LimitsConfig
 from broadbeam_router import http1
 from broadbeam_router.deadlines import NEVER, Deadlines
 from broadbeam_router.errors import (
     SHAPES,
-    BodyTooLarge,
-    HeadersTooLarge,
     InternalError,
-    MalformedHttp,
     RequestError,
     RequestTimeout,
     TooManyRequests,
     error_body,
 )
+from broadbeam_router.incoming import Request, RequestReader
 
 LINGER_S = 2.0  # how long a refused client may go on sending before its connection is cut
-KEPT_HEADERS = (b"authorization", b"x-request-id", b"traceparent", b"tracestate")
-
-
-@dataclass(slots=True)
-class Request:
-    """`headers` holds KEPT_HEADERS only; everything else a client sends in a head ends here."""
-
-    method: str
-    path: bytes
-    headers: dict[bytes, bytes]
-    body: bytes
-    keep_alive: bool
-    chunks: bool  # whether the client understands them (HTTP/1.1)
 
 
 class Source(Protocol):
@@ -76,20 +59,20 @@ class Server:
     limits: LimitsConfig
     idle_s: float
     deadlines: Deadlines
-    connections: set[ClientConnection]
+    on_refusal: Callable[[RequestError], None]  # of what never became a request
+    connections: set[ClientConnection] = field(default_factory=set)
     draining: bool = False
 
 
 class ClientConnection(asyncio.Protocol):
     __slots__ = (
-        "_body", "_body_size", "_chunked", "_expects", "_failure", "_head_size", "_headers", "_hosts",
-        "_keep_alive", "_moved", "_parser", "_paused", "_queue", "_recent", "_refused", "_request", "_server",
-        "_source", "_still", "_stream_head", "_task", "_transport", "_url", "deadline",
+        "_chunked", "_keep_alive", "_paused", "_queue", "_reader", "_refused", "_request", "_server",
+        "_source", "_stream_head", "_task", "_transport", "deadline",
     )  # fmt: skip
 
     def __init__(self, server: Server) -> None:
         self._server = server
-        self._parser = httptools.HttpRequestParser(self)
+        self._reader = RequestReader(server.limits, self._take, self._expected)
         self._queue: deque[Request | RequestError] = deque()
         self._request: Request | None = None  # being served
         self._task: asyncio.Task[None] | None = None
@@ -99,9 +82,6 @@ class ClientConnection(asyncio.Protocol):
         self._keep_alive = True
         self._paused = False  # the client does not read what was written
         self._refused = False  # nothing further is read from this client
-        self._failure: RequestError | None = None  # why the parser's input cannot be served
-        self._still = 0  # bytes since the parser last got anywhere
-        self.on_message_begin()
 
     # -- the connection -------------------------------------------------------------------------------
 
@@ -125,7 +105,7 @@ class ClientConnection(asyncio.Protocol):
     def expire(self) -> None:
         """Too long silent: half a request gets 408, an idle or stalled connection is cut."""
         self.deadline = NEVER
-        if self._request is None and not self._refused and self._url:
+        if self._request is None and not self._refused and self._reader.halfway:
             self._refuse(RequestTimeout(f"no whole request within {self._server.idle_s:g} s"))
         else:
             self._transport.abort()
@@ -143,101 +123,20 @@ class ClientConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
-        self._moved = False
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            self._failure = MalformedHttp("Upgrade and CONNECT are not supported")
-        except httptools.HttpParserError as error:
-            self._failure = self._failure or MalformedHttp(f"malformed HTTP: {error}")
-        self._still = 0 if self._moved else self._still + len(data)
-        if self._still > self._server.limits.max_header_bytes:
-            self._failure = self._failure or self._head_too_large()
-        if self._failure is not None:
-            self._refuse(self._failure)
+        self._reader.feed(data)
+        if self._reader.failure is not None:
+            self._refuse(self._reader.failure)
 
-    def on_message_begin(self) -> None:
-        self._url = b""
-        self._headers: dict[bytes, bytes] = {}
-        self._body: list[bytes] = []
-        self._body_size = 0
-        self._head_size = 0
-        self._hosts = 0
-        self._expects = False
-        self._moved = True
-
-    def on_url(self, url: bytes) -> None:
-        self._url += url
-        self._count(len(url))
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._count(len(name) + len(value) + 4)
-        name = name.lower()
-        if name in KEPT_HEADERS:
-            if name in self._headers:
-                self._fail(MalformedHttp(f"header {name.decode()} is given twice", name.decode()))
-            self._headers[name] = value
-        elif name == b"host":
-            self._hosts += 1
-        elif name == b"content-length":
-            if int(value) > self._server.limits.max_body_bytes:
-                self._fail(self._body_too_large())
-        elif name == b"transfer-encoding":
-            if value.lower() != b"chunked":
-                self._fail(MalformedHttp("Transfer-Encoding may only be chunked", "transfer-encoding"))
-        elif name == b"expect":
-            self._expects = True
-
-    def on_headers_complete(self) -> None:
-        self._moved = True
-        self._recent = self._parser.get_http_version() == "1.1"
-        if self._hosts > 1 or (self._hosts == 0 and self._recent):
-            self._fail(MalformedHttp("exactly one Host header is needed", "host"))
-        if self._expects and self._failure is None and self._request is None:
-            self._transport.write(http1.CONTINUE)
-
-    def on_body(self, data: bytes) -> None:
-        self._moved = True
-        self._body_size += len(data)
-        if self._body_size > self._server.limits.max_body_bytes:
-            self._fail(self._body_too_large())
-        elif self._failure is None:
-            self._body.append(data)
-
-    def on_message_complete(self) -> None:
-        self._moved = True
-        if self._failure is not None:
-            return
-        body = self._body
-        request = Request(
-            method=self._parser.get_method().decode(),
-            path=_path(self._url),
-            headers=self._headers,
-            body=body[0] if len(body) == 1 else b"".join(body),
-            keep_alive=self._recent and self._parser.should_keep_alive(),
-            chunks=self._recent,
-        )
-        self._url, self._body = b"", []
+    def _take(self, request: Request) -> None:
         if self._request is None and not self._queue:
             self._start(request)
         else:
             self._queue.append(request)
             self._transport.pause_reading()
 
-    def _count(self, size: int) -> None:
-        self._moved = True
-        self._head_size += size
-        if self._head_size > self._server.limits.max_header_bytes:
-            self._fail(self._head_too_large())
-
-    def _fail(self, error: RequestError) -> None:
-        self._failure = self._failure or error
-
-    def _head_too_large(self) -> RequestError:
-        return HeadersTooLarge(f"the head is larger than {self._server.limits.max_header_bytes} bytes")
-
-    def _body_too_large(self) -> RequestError:
-        return BodyTooLarge(f"the body is larger than {self._server.limits.max_body_bytes} bytes")
+    def _expected(self) -> None:
+        if self._request is None:
+            self._transport.write(http1.CONTINUE)
 
     # -- one request after the other ------------------------------------------------------------------
 
@@ -291,7 +190,11 @@ class ClientConnection(asyncio.Protocol):
 
     def _answer_refused(self, error: RequestError) -> None:
         # The client may still be sending: cutting now would destroy the answer before it is read.
-        self._transport.write(_error_response(error, b"", keep_alive=False))
+        self._server.on_refusal(error)
+        shape = SHAPES[type(error)]
+        self._transport.write(
+            http1.response(shape.status, http1.JSON, error_body(error), shape.headers, keep_alive=False)
+        )
         self._transport.write_eof()
         self.deadline = self._server.loop.time() + LINGER_S
 
@@ -333,6 +236,13 @@ class ClientConnection(asyncio.Protocol):
         if self._paused:
             source.pause()
 
+    def take_back_stream(self) -> bool:
+        """Undo `start_stream`; False once its first part is written."""
+        if self._stream_head is None:
+            return False
+        self._stream_head = self._source = None
+        return True
+
     def send_part(self, data: bytes) -> None:
         if self._chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data)
@@ -357,17 +267,3 @@ class ClientConnection(asyncio.Protocol):
         self.deadline = NEVER if self._request else self._server.loop.time() + self._server.idle_s
         if self._source is not None:
             self._source.resume()
-
-
-def _path(url: bytes) -> bytes:
-    if not url.startswith(b"/"):  # absolute form, as to a proxy: the host is ignored
-        try:
-            url = httptools.parse_url(url).path or b"/"
-        except httptools.HttpParserInvalidURLError:
-            return b""
-    return url.partition(b"?")[0]
-
-
-def _error_response(error: RequestError, headers: bytes, keep_alive: bool) -> bytes:
-    shape = SHAPES[type(error)]
-    return http1.response(shape.status, http1.JSON, error_body(error), shape.headers + headers, keep_alive)

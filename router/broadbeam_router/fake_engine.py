@@ -168,8 +168,9 @@ class _Connection(asyncio.Protocol):
             b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\n"
             b"Transfer-Encoding: chunked\r\n\r\n"
         )
+        cut_after = 0 if script.cut == "half" and script.cut_after is None else script.cut_after
         for index, event in enumerate((*_events(seen, script, self._engine.name), b"data: [DONE]\n\n")):
-            if index == script.cut_after:
+            if index == cut_after:
                 if script.cut == "half":
                     self._chunk(event[: len(event) // 2])
                 self._cut(seen)

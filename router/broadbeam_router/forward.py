@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -47,12 +47,18 @@ class Answer:
         return cls(connection.status, connection.content_type, body, connection.retry_after)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Blocks:
     """KV blocks that a prefill rank holds for this call."""
 
     params: bytes
     family: str
+    uses: int = 0
+
+    def used_up(self) -> bool:
+        """Count a failed use; whether the blocks must be taken as gone."""
+        self.uses += 1
+        return self.uses >= MAX_PARAMS_USES
 
 
 @dataclass(slots=True)
@@ -60,9 +66,15 @@ class _Attempts:
     """What one leg has tried so far."""
 
     left: int
-    tried: list[Member]
+    tried: list[Member] = field(default_factory=list)  # not to be picked again
+    names: list[str] = field(default_factory=list)
     error: UpstreamFailed | None = None
     answer: Answer | None = None  # the last one that another endpoint might not have given
+
+    def begin(self, member: Member) -> None:
+        self.left -= 1
+        self.tried.append(member)
+        self.names.append(member.name)
 
 
 class Forwarder:
@@ -78,23 +90,26 @@ class Forwarder:
     async def answer(self, call: Call) -> None:
         """Answer `call`'s client; raises RequestError when no engine could."""
         blocks: Blocks | None = None
-        uses = 0
-        attempts = _Attempts(1 + self._retries, [])
+        attempts = _Attempts(1 + self._retries)
         while attempts.left > 0:
             if call.wants_prefill and blocks is None:
                 result = await self._prefill(call)
                 if isinstance(result, Answer):
                     self._respond(call, result)
                     return
-                blocks, uses = result, 0
-            member = self._next_decode(attempts, blocks)
-            if member is None:
-                break
-            if await self._decode(call, member, blocks, attempts):
-                return
-            uses += 1
-            if uses == MAX_PARAMS_USES:
+                blocks = result
+            member = self._fleet.pick_decode(attempts.tried, blocks.family if blocks is not None else None)
+            if member is not None:
+                if await self._decode(call, member, blocks, attempts):
+                    return
+                if blocks is not None and blocks.used_up():
+                    blocks = None
+            elif blocks is not None and attempts.answer is not None:
+                # The engines left are alive, but could not use these blocks; they may use fresh ones.
                 blocks = None
+                attempts.tried.clear()
+            else:
+                break
         self._give_up(call, attempts)
 
     # -- the prefill leg ------------------------------------------------------------------------------
@@ -102,7 +117,7 @@ class Forwarder:
     async def _prefill(self, call: Call) -> Blocks | Answer | None:
         """Blocks, the engine's refusal, or None when the decode leg must do without."""
         body = legs.prefill_body(call.body)
-        attempts = _Attempts(1 + self._retries, [])
+        attempts = _Attempts(1 + self._retries)
         while attempts.left > 0 and (member := self._fleet.pick_prefill(attempts.tried)) is not None:
             with Slot(member, "prefill"):
                 answer = await self._exchange(call, member, "prefill", body, attempts)
@@ -126,8 +141,7 @@ class Forwarder:
         self, call: Call, member: Member, leg: Leg, body: bytes, attempts: _Attempts
     ) -> Answer | None:
         """One whole exchange; None if another endpoint should be tried."""
-        attempts.left -= 1
-        attempts.tried.append(member)
+        attempts.begin(member)
         try:
             connection = await self._send(call, member, body, self._timeouts.prefill_s)
         except UpstreamFailed as error:
@@ -139,14 +153,9 @@ class Forwarder:
 
     # -- the decode leg -------------------------------------------------------------------------------
 
-    def _next_decode(self, attempts: _Attempts, blocks: Blocks | None) -> Member | None:
-        family = blocks.family if blocks is not None else None
-        return self._fleet.pick_decode(attempts.tried, family)
-
     async def _decode(self, call: Call, member: Member, blocks: Blocks | None, attempts: _Attempts) -> bool:
         """Whether the client has its answer; False if another endpoint should be tried."""
-        attempts.left -= 1
-        attempts.tried.append(member)
+        attempts.begin(member)
         body = call.body if blocks is None else legs.decode_body(call.body, blocks.params)
         with Slot(member, "decode"):
             try:
@@ -156,8 +165,7 @@ class Forwarder:
                 return False
             call.decode_name = member.name
             if connection.streaming:
-                await self._stream(call, member, connection)
-                return True
+                return await self._stream(call, member, connection, attempts)
             answer = Answer.of(connection)
             connection.release()
         if not self._settled(call, member, "decode", answer, attempts):
@@ -165,23 +173,30 @@ class Forwarder:
         self._respond(call, answer)
         return True
 
-    async def _stream(self, call: Call, member: Member, connection: UpstreamConnection) -> None:
+    async def _stream(
+        self, call: Call, member: Member, connection: UpstreamConnection, attempts: _Attempts
+    ) -> bool:
+        """As `_decode`: a stream that breaks before its first whole event can be begun anew elsewhere."""
         client = call.client
+        call.status = 200
+        call.first_byte_s = time.perf_counter()
+        client.start_stream(200, connection.content_type, self._headers(call), connection)
+        relay = EventRelay(client)
         try:
-            call.status = 200
-            call.first_byte_s = time.perf_counter()
-            client.start_stream(200, connection.content_type, self._headers(call), connection)
-            relay = EventRelay(client)
             await connection.relay(relay)
         except UpstreamFailed as error:
-            self._fleet.failed(member, error.kind)
-            self._metrics.leg("decode", "failed")
+            self._failed(call, member, "decode", error, attempts)
+            if client.take_back_stream():
+                call.first_byte_s = None
+                return False
+            self._metrics.broken_stream()
             raise StreamBroken(f"the stream of engine {member.name} ended early ({error})") from error
         finally:
             connection.release()
         relay.finish()
         self._fleet.succeeded(member)
         self._metrics.leg("decode", "ok")
+        return True
 
     # -- both -----------------------------------------------------------------------------------------
 
@@ -212,7 +227,7 @@ class Forwarder:
     ) -> None:
         attempts.error, attempts.answer = error, None
         self._fleet.failed(member, error.kind)
-        self._metrics.leg(leg, "retry" if attempts.left else "failed")
+        self._metrics.leg(leg, "failed")
         log.warning("request %s: %s leg on %s: %s", call.request_id.decode(), leg, member.name, error)
 
     def _settled(self, call: Call, member: Member, leg: Leg, answer: Answer, attempts: _Attempts) -> bool:
@@ -221,7 +236,7 @@ class Forwarder:
             attempts.answer, attempts.error = answer, None
             if answer.status >= 500:
                 self._fleet.answered_5xx(member)
-            self._metrics.leg(leg, "retry" if attempts.left else "failed")
+            self._metrics.leg(leg, "failed")
             log.warning(
                 "request %s: %s leg on %s: status %d",
                 call.request_id.decode(),
@@ -239,7 +254,7 @@ class Forwarder:
         if answer is not None and answer.status in BUSY:
             self._respond(call, answer)
             return
-        names = ", ".join(member.name for member in attempts.tried)
+        names = ", ".join(attempts.names)
         if answer is not None:
             raise EngineFailed(f"no engine could answer (tried {names}; the last said {answer.status})")
         if error is not None:

@@ -47,15 +47,15 @@ class _LiveCollector:
 
 
 class Metrics:
-    def __init__(self, live: Live) -> None:
-        disable_created_metrics()
+    def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self._requests = Counter(
             PREFIX + "requests", "Requests answered.", ["route", "status"], registry=self.registry
         )
         self._legs = Counter(
             PREFIX + "legs",
-            "Legs by what became of them: ok, retry, failed, refused, fallback.",
+            "Legs by outcome: ok, failed (another was tried if any was left), refused (4xx), fallback.",
             ["leg", "outcome"],
             registry=self.registry,
         )
@@ -88,7 +88,6 @@ class Metrics:
             buckets=SECONDS,
             registry=self.registry,
         )
-        self.registry.register(_LiveCollector(live))
         ProcessCollector(registry=self.registry)
         # labels() costs more than the increment itself; the few children are kept.
         self._request_children: dict[tuple[str, int], Counter] = {}
@@ -98,6 +97,9 @@ class Metrics:
         }
         self._duration_children: dict[str, Histogram] = {}
         self._first_children: dict[str, Histogram] = {}
+
+    def watch(self, live: Live) -> None:
+        self.registry.register(_LiveCollector(live))
 
     def answered(self, route: str, status: int, duration_s: float) -> None:
         child = self._request_children.get((route, status))

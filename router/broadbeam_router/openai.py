@@ -34,6 +34,8 @@ class Fields(msgspec.Struct, kw_only=True):
     n: Choices | None = None
     best_of: Choices | None = None
     max_tokens: Tokens | None = None
+    echo: bool | None = None
+    prompt_logprobs: int | None = None
     kv_transfer_params: Raw | UnsetType = UNSET
     ec_transfer_params: Raw | UnsetType = UNSET
     bootstrap_host: Raw | UnsetType = UNSET
@@ -54,9 +56,11 @@ class Fields(msgspec.Struct, kw_only=True):
         )
 
     @property
-    def one_sequence(self) -> bool:
-        """Whether the answer is one sequence of one prompt, which is what one kv_transfer_params names."""
-        return (self.n or 1) == 1 and (self.best_of or 1) == 1
+    def splits(self) -> bool:
+        """Whether prefill and decode may run on two ranks: one kv_transfer_params names the blocks of one
+        sequence, and a rank that did not compute a prompt cannot tell its log-probabilities."""
+        one_sequence = (self.n or 1) == 1 and (self.best_of or 1) == 1
+        return one_sequence and not self.echo and self.prompt_logprobs is None
 
 
 class ChatFields(Fields, kw_only=True):
@@ -68,13 +72,10 @@ class CompletionFields(Fields, kw_only=True):
     prompt: Raw
 
     @property
-    def one_sequence(self) -> bool:
-        return (self.n or 1) == 1 and (self.best_of or 1) == 1 and not self._several_prompts
-
-    @property
-    def _several_prompts(self) -> bool:
+    def splits(self) -> bool:
         text = bytes(self.prompt)
-        return text[:1] == b"[" and text[1:].lstrip()[:1] in (b'"', b"[")
+        several_prompts = text[:1] == b"[" and text[1:].lstrip()[:1] in (b'"', b"[")
+        return not several_prompts and super().splits
 
 
 F = TypeVar("F", bound=Fields)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from broadbeam_crds.gateway_config import FileEndpoints, GatewayConfig, KubernetesEndpoints
@@ -12,7 +13,9 @@ from broadbeam_router.app import Gateway, MetricsPage
 from broadbeam_router.auth import ApiKeys
 from broadbeam_router.client import ClientConnection, Handler, Server
 from broadbeam_router.deadlines import Deadlines
+from broadbeam_router.errors import RequestError
 from broadbeam_router.fleet import Fleet
+from broadbeam_router.metrics import Metrics
 from broadbeam_router.policy import POLICIES
 from broadbeam_router.sources import ApiServer, FileSource
 
@@ -32,37 +35,68 @@ class Surroundings:
     api_server: ApiServer | None = None  # where the pods are watched
 
 
+@dataclass(slots=True)
+class Running:
+    """A gateway that answers; `followers` are the tasks that keep its view of the world fresh."""
+
+    gateway: Gateway
+    fleet: Fleet
+    deadlines: Deadlines
+    public: Server
+    inner: Server
+    sockets: list[asyncio.Server]
+    followers: list[asyncio.Task[None]]
+
+
 async def serve(config: GatewayConfig, here: Surroundings) -> None:
     """Serve until SIGTERM or SIGINT and the drain after it.
 
     Raises ConfigError for keys that cannot be read and OSError for an address that cannot be bound."""
-    loop = asyncio.get_running_loop()
-    deadlines = Deadlines(loop)
-    keys = ApiKeys(config.auth.keys_dir) if config.auth is not None else None
-    fleet = Fleet(loop, deadlines, POLICIES[config.policy], config.ejection_s)
-    gateway = Gateway(config, fleet, keys)
-    public = _server(loop, gateway, config, deadlines)
-    inner = _server(loop, MetricsPage(gateway), config, deadlines)
-    stop = _stop_signals(loop)
-    sockets = [
-        await loop.create_server(lambda: ClientConnection(public), here.host, here.port, backlog=BACKLOG),
-        await loop.create_server(lambda: ClientConnection(inner), here.host, here.metrics_port),
-    ]
-    followers = [loop.create_task(_follow(config, here, fleet))]
-    if keys is not None:
-        followers.append(loop.create_task(_refresh(keys)))
+    stop = _stop_signals(asyncio.get_running_loop())
+    running = await start(config, here)
     log.info("listening on %s:%d, metrics on port %d", here.host, here.port, here.metrics_port)
     try:
-        await _until(stop, followers)
-        await _drain(gateway, public, sockets[0], stop, config.timeouts.drain_s)
+        await _until(stop, running.followers)
+        await drain(running, stop, config.timeouts.drain_s)
     finally:
-        await _shut(followers, [public, inner], sockets, fleet, deadlines)
+        await shut(running)
+
+
+async def start(config: GatewayConfig, here: Surroundings) -> Running:
+    """Bind and begin to answer."""
+    loop = asyncio.get_running_loop()
+    keys = ApiKeys(config.auth.keys_dir) if config.auth is not None else None
+    deadlines = Deadlines(loop)
+    metrics = Metrics()
+    fleet = Fleet(loop, deadlines, POLICIES[config.policy], config.ejection_s, metrics.ejected)
+    gateway = Gateway(config, fleet, keys, metrics)
+    public = _server(loop, gateway, config, deadlines, gateway.refused)
+    inner = _server(loop, MetricsPage(gateway), config, deadlines, gateway.refused)
+    running = Running(gateway, fleet, deadlines, public, inner, [], [])
+    try:
+        for server, port in ((public, here.port), (inner, here.metrics_port)):
+            running.sockets.append(await _bind(loop, server, here.host, port))
+    except OSError:
+        await shut(running)
+        raise
+    running.followers.append(loop.create_task(_follow(config, here, fleet)))
+    if keys is not None:
+        running.followers.append(loop.create_task(_refresh(keys)))
+    return running
+
+
+async def _bind(loop: asyncio.AbstractEventLoop, server: Server, host: str, port: int) -> asyncio.Server:
+    return await loop.create_server(lambda: ClientConnection(server), host, port, backlog=BACKLOG)
 
 
 def _server(
-    loop: asyncio.AbstractEventLoop, handler: Handler, config: GatewayConfig, deadlines: Deadlines
+    loop: asyncio.AbstractEventLoop,
+    handler: Handler,
+    config: GatewayConfig,
+    deadlines: Deadlines,
+    on_refusal: Callable[[RequestError], None],
 ) -> Server:
-    return Server(loop, handler, config.limits, config.timeouts.idle_s, deadlines, set())
+    return Server(loop, handler, config.limits, config.timeouts.idle_s, deadlines, on_refusal)
 
 
 def _stop_signals(loop: asyncio.AbstractEventLoop) -> asyncio.Queue[str]:
@@ -98,11 +132,11 @@ async def _until(stop: asyncio.Queue[str], followers: list[asyncio.Task[None]]) 
     log.info("%s: draining", signalled.result())
 
 
-async def _drain(
-    gateway: Gateway, server: Server, listening: asyncio.Server, stop: asyncio.Queue[str], drain_s: float
-) -> None:
-    gateway.draining = server.draining = True
-    listening.close()
+async def drain(running: Running, stop: asyncio.Queue[str], drain_s: float) -> None:
+    """Take no new connection, let answers finish; a second stop signal or `drain_s` ends the patience."""
+    server = running.public
+    running.gateway.draining = server.draining = True
+    running.sockets[0].close()
     for connection in list(server.connections):
         connection.drain()
     try:
@@ -113,21 +147,16 @@ async def _drain(
         log.warning("cut %d connections after %g s of drain", len(server.connections), drain_s)
 
 
-async def _shut(
-    followers: list[asyncio.Task[None]],
-    servers: list[Server],
-    sockets: list[asyncio.Server],
-    fleet: Fleet,
-    deadlines: Deadlines,
-) -> None:
-    for follower in followers:
+async def shut(running: Running) -> None:
+    """Cut whatever is left."""
+    for follower in running.followers:
         follower.cancel()
-    await asyncio.gather(*followers, return_exceptions=True)
-    for listening in sockets:
+    await asyncio.gather(*running.followers, return_exceptions=True)
+    for listening in running.sockets:
         listening.close()
-    for server in servers:
+    for server in (running.public, running.inner):
         for connection in list(server.connections):
             connection.abort()
-    fleet.close()
-    deadlines.stop()
-    await asyncio.sleep(0)  # aborted connections tell their protocols on the loop's next turn
+    running.fleet.close()
+    running.deadlines.stop()
+    await asyncio.sleep(0.01)  # so that what was cut hears of it while the loop still runs
