@@ -100,7 +100,7 @@ class Cluster:
     def is_ours(self) -> bool:
         return self.audit_log is not None
 
-    def open(self) -> None:
+    def __enter__(self) -> Cluster:
         """Start `kubectl proxy`, which knows every way to authenticate."""
         command = [KUBECTL, f"--kubeconfig={self.kubeconfig}", "proxy", "--port=0"]
         self._proxy = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent)
@@ -109,8 +109,9 @@ class Cluster:
         match = re.search(r"127\.0\.0\.1:\d+", line)
         assert match, f"kubectl proxy said {line!r}"
         self.url = f"http://{match[0]}"
+        return self
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._proxy is not None:
             self._proxy.kill()
             self._proxy.wait()
@@ -157,6 +158,15 @@ class Cluster:
 
     def serving(self, namespace: str, name: str) -> Serving:
         return Serving(self, namespace, name)
+
+    def last_logs(self) -> str:
+        """The end of the log of every pod on our own node, for the message of a failure."""
+        found = []
+        for container in sorted(self.folder.glob("node/pods/*/*/logs/*")):
+            log = max(container.glob("*.log"), key=lambda path: path.stat().st_mtime, default=None)
+            if log is not None:
+                found.append(f"--- {log.relative_to(self.folder)}\n{log.read_text(errors='replace')[-1500:]}")
+        return "\n".join(found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -22,33 +22,31 @@ from build import build  # noqa: E402 - from the path above
 
 from cluster import Cluster  # noqa: E402
 from control_plane import ControlPlane, die_with_parent  # noqa: E402
+from installation import install, uninstall  # noqa: E402
 from namespaces import IsolationError, isolate  # noqa: E402
 
-CHART = HERE.parent / "charts" / "broadbeam"
-RELEASE = "broadbeam"
-SYSTEM = "broadbeam-system"
-IMAGE_VALUES = {
-    "BROADBEAM_E2E_RUNTIME_IMAGE": "images.runtime",
-    "BROADBEAM_E2E_ROUTER_IMAGE": "images.router",
-}
+# As a newcomer would read them; rights are judged by what all the others did.
+ORDER = ("test_install", "test_serving", "test_wide_ep", "test_faults", "test_rights")
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
-    given = os.environ.get("BROADBEAM_E2E_KUBECONFIG")
-    with ExitStack() as stack:
-        found = Cluster(Path(given), folder, None) if given else stack.enter_context(started(folder))
-        found.open()
-        stack.callback(found.close)
-        yield found
+    if given := os.environ.get("BROADBEAM_E2E_KUBECONFIG"):
+        with Cluster(Path(given), folder, None) as found:
+            yield found
+    else:
+        with started(folder) as found, found:
+            yield found
 
 
 @pytest.fixture(scope="session")
-def operator(cluster: Cluster) -> Cluster:
+def operator(cluster: Cluster) -> Iterator[Cluster]:
     """The cluster once `helm install` has made its operator ready."""
     install(cluster)
-    return cluster
+    yield cluster
+    if not cluster.is_ours:
+        uninstall(cluster)
 
 
 @contextmanager
@@ -78,32 +76,16 @@ def started(folder: Path) -> Iterator[Cluster]:
         plane.stop()
 
 
-def install(cluster: Cluster) -> None:
-    """`helm install`, and wait until the operator's Deployment is Available."""
-    command = [
-        *(str(build().helm), f"--kubeconfig={cluster.kubeconfig}", "install", RELEASE, str(CHART)),
-        *(f"--namespace={SYSTEM}", "--create-namespace", "--wait", "--timeout=90s"),
-        *(f"--set={value}={os.environ[name]}" for name, value in IMAGE_VALUES.items() if name in os.environ),
-    ]
-    if image := os.environ.get("BROADBEAM_E2E_OPERATOR_IMAGE"):
-        repository, _, tag = image.rpartition(":")
-        command += [f"--set=operator.image.repository={repository},operator.image.tag={tag}"]
-    answer = subprocess.run(command, capture_output=True, text=True)
-    assert answer.returncode == 0, answer.stdout + answer.stderr + last_logs(cluster)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: ORDER.index(item.path.stem))
 
 
-def last_logs(cluster: Cluster) -> str:
-    """The end of every pod's log on our own node, for the message of a failure."""
-    found = []
-    for log in sorted(cluster.folder.glob("node/pods/*/*/logs/*/*.log")):
-        found.append(f"--- {log.relative_to(cluster.folder)}\n{log.read_text(errors='replace')[-1500:]}")
-    return "\n".join(found)
-
-
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    outcome = yield
-    report = outcome.get_result()  # type: ignore[attr-defined]
-    if report.failed and isinstance(found := getattr(item, "funcargs", {}).get("cluster"), Cluster):
-        report.sections.append(("logs of the pods", last_logs(found)))
-        report.sections.append(("logs of the cluster", f"in {found.folder}"))
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    found = getattr(item, "funcargs", {}).get("cluster")
+    if report.failed and isinstance(found, Cluster):
+        report.sections.append((f"pods' logs, all logs in {found.folder}", found.last_logs()))
+    return report

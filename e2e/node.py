@@ -32,6 +32,7 @@ NODE_NAME = "e2e-node"
 NODE_ADDRESS = "10.77.0.2"
 TOKEN_S = 3607
 LEASE_RENEWAL_S = 10.0
+INHERITED = ("HOME", "PYTHONPATH", "XDG_CACHE_HOME")  # what takes the place of an image
 LEASE_PATH = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases"
 
 # Runs before a pod's own command, in a mount namespace of its own. Client libraries have the path of the
@@ -292,8 +293,8 @@ def machine(api: Api, folder: Path) -> Node:
         ),
         bin_dir=bin_dir,
         inherited={
+            **{name: os.environ[name] for name in INHERITED if name in os.environ},
             "PATH": f"{bin_dir}:{os.environ['PATH']}",
-            "HOME": os.environ.get("HOME", "/tmp"),
             "OMP_NUM_THREADS": "1",
         },
         imposed={
