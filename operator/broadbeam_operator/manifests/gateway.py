@@ -163,7 +163,12 @@ def _container(cluster: ServingCluster, images: Images) -> Object:
         "name": names.GATEWAY,
         "image": images.router,
         "command": ["broadbeam-router"],
-        "args": ["--config", GATEWAY_CONFIG_FILE],
+        # The keys' folder is an argument too: where processes have no mounts, only arguments are rewritten.
+        "args": [
+            "--config",
+            GATEWAY_CONFIG_FILE,
+            *(["--keys-dir", API_KEYS_DIR] if cluster.spec.gateway.auth else []),
+        ],
         "env": [
             field_env(ENV_POD_NAME, "metadata.name"),
             field_env(ENV_POD_IP, "status.podIP"),
