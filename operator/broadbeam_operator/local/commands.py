@@ -157,7 +157,7 @@ def _invocation(
     folders = _secret_folders(secrets or [])
     problems = refusals(cluster) or obstacles(cluster, look(), folders)
     if problems:
-        _refuse([f"{file}: {problem}" for problem in problems])
+        _refuse([f"{file}: {problem}" for problem in problems], EXIT_FAILED)
     settings = Settings(
         cache=(cache or Path.home() / ".cache" / "broadbeam").absolute(),
         bin_dir=Path(sys.executable).parent,
@@ -222,10 +222,10 @@ def _exit_on_early_interrupt() -> None:
         signal.signal(signum, leave)
 
 
-def _refuse(problems: list[str]) -> NoReturn:
+def _refuse(problems: list[str], status: int = EXIT_USAGE) -> NoReturn:
     for problem in problems:
         _complain(problem)
-    raise typer.Exit(EXIT_USAGE)
+    raise typer.Exit(status)
 
 
 def _complain(message: str, details: tuple[str, ...] = ()) -> None:

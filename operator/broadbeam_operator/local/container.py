@@ -130,6 +130,12 @@ class Container:
         return self._logs / f"{self.restarts}.log"
 
     @property
+    def ended_log(self) -> Path:
+        """Of the latest run that has ended; of the current one while none has."""
+        running = isinstance(self.state, Running)
+        return self._logs / f"{max(0, self.restarts - 1) if running else self.restarts}.log"
+
+    @property
     def latest_log(self) -> Path:
         """The log of the latest run that wrote anything: a crashed one between two runs."""
         written = [path for path in self._logs.glob("*.log") if path.stat().st_size]

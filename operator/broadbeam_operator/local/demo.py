@@ -6,8 +6,10 @@ import asyncio
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
+import aiohttp
 from rich.console import Console
 from rich.table import Table
 
@@ -97,10 +99,11 @@ async def _until_gateway_knows(session: Session, interrupt: Interrupt) -> None:
     roles = {pool.role for pool in session.cluster.spec.pools}
     url = f"{session.url.rpartition(':')[0]}:{GATEWAY_METRICS_PORT}/metrics"
     while time.monotonic() < deadline and not interrupt.asked.is_set():
-        async with session.http.get(url) as response:
-            found = samples(await response.text())
-        if all(total(found, READY_METRIC, role=role) > 0 for role in roles):
-            return
+        with suppress(aiohttp.ClientError):
+            async with session.http.get(url) as response:
+                found = samples(await response.text())
+            if all(total(found, READY_METRIC, role=role) > 0 for role in roles):
+                return
         await pause(interrupt, 0.05)
 
 

@@ -158,9 +158,13 @@ class PodProcess:
         """Container -> the file its latest run writes to."""
         return {c.name: c.latest_log for c in (*self.init_containers, *self.containers)}
 
+    def ended_logs(self) -> dict[str, Path]:
+        """Container -> the file that its latest ended run wrote; the current one's while none has ended."""
+        return {c.name: c.ended_log for c in (*self.init_containers, *self.containers)}
+
     def last_words(self, container: str) -> list[str]:
-        """What the latest run of a container said last."""
-        return last_words(self.logs()[container])
+        """What the latest run of a container that has ended said last; else what the current one says."""
+        return last_words(self.ended_logs()[container])
 
     def pids(self) -> dict[str, int]:
         """Running container -> process id."""

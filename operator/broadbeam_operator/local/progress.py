@@ -48,6 +48,7 @@ class PodProgress:
     stage: str  # what it is doing, in few words
     restarts: int
     trouble: str | None  # why it is not running, when something is wrong
+    last_exit: int | None = None  # exit code of the run before this one
     done: float | None = None
     detail: str = ""
     ranks: tuple[RankProgress, ...] = ()
@@ -163,6 +164,7 @@ def pod_progress(pod: Object, state: Object | None) -> PodProgress:
         stage="ready" if ready else "waiting for its group" if stage == "ready" else stage,
         restarts=sum(c["restartCount"] for c in containers),
         trouble=trouble(containers),
+        last_exit=last_exit(containers),
         done=said.get("done"),
         detail=str(said.get("detail") or ""),
         ranks=tuple(_rank(rank) for rank in said.get("ranks") or ()),
@@ -191,6 +193,11 @@ def trouble(containers: Sequence[Object]) -> str | None:
         if ended:
             return f"exited with code {ended['exitCode']}"
     return None
+
+
+def last_exit(containers: Sequence[Object]) -> int | None:
+    codes = [c["lastState"]["terminated"]["exitCode"] for c in containers if "terminated" in c["lastState"]]
+    return codes[-1] if codes else None
 
 
 def _label(pod: Object, key: str) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import copy
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -154,7 +155,8 @@ class Store:
         if self.version <= since:
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
-            await asyncio.wait([waiter], timeout=timeout_s)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(waiter, timeout_s)
         return self.version
 
     def _create(self, key: Key, obj: Object, applied: Object | None = None) -> Object:

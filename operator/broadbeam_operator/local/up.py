@@ -7,7 +7,7 @@ import json
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -108,7 +108,8 @@ class Watch:
             raise CannotServeError(f"the manifest is refused: {now.refused}")
         for pod in now.pods:
             if pod.restarts >= GIVE_UP_RESTARTS:
-                message = f"{pod.name} keeps failing ({pod.trouble or pod.stage}, {pod.restarts} restarts)"
+                why = pod.trouble or f"exited with code {pod.last_exit}"
+                message = f"{pod.name} keeps failing: {why}, restarted {pod.restarts} times"
                 raise CannotServeError(message, self.epitaph(pod.name))
         if timed_out_s is not None:
             late = next((pod for pod in now.pods if not pod.ready), None)
@@ -127,21 +128,22 @@ class Watch:
 
     def last_words(self, pod_name: str, lines: int = 20) -> list[str]:
         pod = self.session.pod(pod_name)
-        return [line for name in pod.logs() for line in pod.last_words(name)][-lines:] if pod else []
+        return [line for name in pod.ended_logs() for line in pod.last_words(name)][-lines:] if pod else []
 
 
 def log_of(pod: PodProcess) -> Path:
-    return list(pod.logs().values())[-1]
+    return list(pod.ended_logs().values())[-1]
 
 
 async def pause(interrupt: Interrupt, seconds: float) -> None:
     """Sleep, but not past an interrupt."""
-    await asyncio.wait([asyncio.ensure_future(interrupt.asked.wait())], timeout=seconds)
+    with suppress(TimeoutError):
+        await asyncio.wait_for(interrupt.asked.wait(), seconds)
 
 
 async def stop(session: Session, interrupt: Interrupt, view: View) -> None:
     """End every process gracefully; at once when interrupted again."""
-    view.say("stopping; Ctrl-C again to stop at once")
+    view.say("stopping; Ctrl-C again to stop at once" if interrupt.asked.is_set() else "stopping")
     stopping = asyncio.create_task(session.stop(STOP_GRACE_S))
     insisted = asyncio.create_task(interrupt.insisted.wait())
     await asyncio.wait([stopping, insisted], return_when=asyncio.FIRST_COMPLETED)
