@@ -135,7 +135,13 @@ def _run(args: argparse.Namespace, environ: dict[str, str]) -> int:
     if args.command == "rank":
         from broadbeam_runtime import rank
 
-        return rank.run(_rank(args, environ))
+        settings = _rank(args, environ)
+        if settings.config.kv_transfer is not None and settings.config.engine != "sim":
+            from broadbeam_runtime.kv.nixl import environment
+
+            for name, value in environment(settings.pod.host).items():
+                os.environ.setdefault(name, value)  # UCX reads its settings from there alone
+        return rank.run(settings)
     from broadbeam_runtime import fetch
 
     return fetch.run(args.source, _cache(args, environ), args.status_fd)

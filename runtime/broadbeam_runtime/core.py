@@ -46,6 +46,7 @@ class RemotePrefill:
     params: dict[str, Any]
     num_tokens: int
     first_token: TokenLogprob | None = None
+    cached_tokens: int = 0  # prompt tokens that the prefill rank found in its prefix cache
 
 
 @dataclass(frozen=True, slots=True)

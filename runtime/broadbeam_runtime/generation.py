@@ -40,6 +40,7 @@ class Sequences:
         self._times: list[RequestTimes | None] = [None] * len(self.choices)
         self._open: set[int] = set()
         self._n = wanted.n
+        self._remote_cached_tokens = wanted.remote_prefill.cached_tokens if wanted.remote_prefill else 0
         self.cached_tokens = 0
         self.kv_transfer_params: dict[str, object] | None = None
 
@@ -96,7 +97,8 @@ class Sequences:
         return choice, delta
 
     def _first_output(self, index: int, output: Output) -> None:
-        self.cached_tokens += output.cached_tokens + output.transferred_tokens
+        # Transferred tokens were computed on the prefill rank, which says how many it had found cached.
+        self.cached_tokens += output.cached_tokens or self._remote_cached_tokens
         self._submit(range(index + 1, index + self._n))
 
     def close(self) -> None:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import msgspec
 
+from broadbeam_runtime.settings import family
+
 
 class GroupError(RuntimeError):
     """The group could not form, or lost a rank."""
@@ -84,7 +86,7 @@ class Coordinator:
     def __init__(self, host: str, port: int, size: int) -> None:
         self._size = size
         try:
-            self._listener = socket.create_server((host, port))
+            self._listener = socket.create_server((host, port), family=family(host))
         except OSError as error:
             raise GroupError(f"cannot listen for the group on {host}:{port}: {error.strerror}") from error
         self._members: dict[socket.socket, _Member] = {}

@@ -332,6 +332,7 @@ class _RemoteParams(msgspec.Struct, frozen=True):
     remote_port: int
     remote_num_tokens: int | None = None
     remote_request_id: str | None = None
+    remote_prefill_cached_tokens: int | None = None
     first_token: _FirstToken | None = None
 
 
@@ -354,17 +355,19 @@ def _remote_prefill(params: dict[str, Any], prompt_tokens: int) -> RemotePrefill
         )
     first = checked.first_token
     token = TokenLogprob(first.token_id, first.logprob or 0.0, tuple(first.top)) if first else None
-    return RemotePrefill(params, count, token)
+    return RemotePrefill(params, count, token, checked.remote_prefill_cached_tokens or 0)
 
 
-def transfer_answer(params: dict[str, Any], token_id: int, logprob: TokenLogprob | None) -> dict[str, Any]:
+def transfer_answer(
+    params: dict[str, Any], token_id: int, logprob: TokenLogprob | None, cached_tokens: int
+) -> dict[str, Any]:
     """What a prefill answer tells the decode rank: the connector's params and the token sampled here."""
     first = {
         "token_id": token_id,
         "logprob": logprob and logprob.logprob,
         "top": list(logprob.top) if logprob else [],
     }
-    return {**params, "first_token": first}
+    return {"first_token": first, **params, "remote_prefill_cached_tokens": cached_tokens}
 
 
 def request_id(header: str | None, kind: Literal["cmpl", "chatcmpl"], fresh: str) -> str:

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from typing import Any
 
-import msgspec
 import uvloop
 from aiohttp import web
 
-from broadbeam_crds.engine_config import EngineConfig
+from broadbeam_crds.engine_config import ConfigError, EngineConfig
 from broadbeam_runtime import resolve
-from broadbeam_runtime.core import Engine, EngineStats, LoadProgress
+from broadbeam_runtime.core import Engine, EngineStats, LoadProgress, RankIdentity
 from broadbeam_runtime.generation import EngineClient
 from broadbeam_runtime.metrics import RankMetrics
-from broadbeam_runtime.progress import reporting
 from broadbeam_runtime.server import RankServer, ServedModel
-from broadbeam_runtime.settings import RankSettings
+from broadbeam_runtime.settings import RankSettings, family
 from broadbeam_runtime.status import Status, StatusPipe
 from broadbeam_runtime.tokenizer import HuggingFaceTokenizer, Tokenizer, TokenizerError
 
@@ -30,6 +30,8 @@ log = logging.getLogger("broadbeam.rank")
 RESOLVE_TIMEOUT_S = 300.0
 # What a person can mend; anything else is a defect and keeps its traceback.
 EXPECTED = (ValueError, OSError, MemoryError, RuntimeError)
+OnProgress = Callable[[LoadProgress], None]
+OnFailure = Callable[[BaseException], None]
 
 
 def run(settings: RankSettings) -> int:
@@ -53,18 +55,41 @@ def _one_line(error: BaseException) -> str:
     return text if named else f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def create_engine(settings: RankSettings, config: EngineConfig, progress: LoadProgress) -> Engine:
-    """The engine that the config names; `config` has the coordinator's address resolved."""
+def create_engine(
+    settings: RankSettings,
+    config: EngineConfig,
+    coordinator: str,
+    on_progress: OnProgress,
+    on_failure: OnFailure,
+) -> Engine:
+    """The engine that the config names; `coordinator` is the resolved address of the group's node 0."""
+    from broadbeam_runtime.kv import connectors
+
+    host = settings.pod.host
+    identity = RankIdentity(
+        settings.global_rank, settings.local_rank, config.parallel.world_size, host, coordinator
+    )
     if config.engine == "sim":
-        from broadbeam_runtime.kv import connectors
         from broadbeam_runtime.sim import SimEngine
 
-        connector = connectors.simulated(config, settings.pod.host, settings.side_channel_port)
-        return SimEngine(settings, config.parallel.coordinator, connector, progress)
+        connector = connectors.simulated(config, host, settings.side_channel_port)
+        return SimEngine(
+            config, rank=identity, connector=connector, on_progress=on_progress, on_failure=on_failure
+        )
     from broadbeam_runtime.engine import TorchEngine
 
-    engine: Engine = TorchEngine(settings, config, progress)
-    return engine
+    if settings.model_dir is None:
+        raise ConfigError(
+            "engine broadbeam needs --model-dir, the directory that `broadbeam-runtime fetch` prints"
+        )
+    return TorchEngine(
+        config,
+        rank=identity,
+        model_dir=settings.model_dir,
+        connector=connectors.create(config, host, settings.side_channel_port),
+        on_progress=on_progress,
+        on_failure=on_failure,
+    )
 
 
 def _tokenizer(engine: Engine) -> Tokenizer:
@@ -113,7 +138,8 @@ class Rank:
         loop.add_signal_handler(signal.SIGTERM, self._on_stop)
         loop.add_signal_handler(signal.SIGINT, self._on_stop_now)
         loop.add_signal_handler(signal.SIGUSR1, self._on_drain)
-        self._watch_threads(loop)
+        self._loop = loop
+        threading.excepthook = lambda args: self._on_failure(args.exc_value or args.exc_type())
         runner = web.AppRunner(
             self._server.app(), handler_cancellation=True, access_log=None, shutdown_timeout=1.0
         )
@@ -133,52 +159,47 @@ class Rank:
         loading = asyncio.create_task(self._load())
         await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
-            # The engine's thread cannot be interrupted (a download, a collective): the process ends under it.
+            # The loading thread cannot be interrupted (a read, a collective): the process ends under it.
             sys.stderr.flush()
-            import os
-
             os._exit(0)
         loading.result()
         await stopping
         await self._drained()
 
     async def _load(self) -> None:
-        progress = LoadProgress()
-        config = self._settings.config
-        with reporting(progress, self._pipe):
-            engine, tokenizer = await asyncio.to_thread(self._start_engine, config, progress)
+        engine, tokenizer = await asyncio.to_thread(self._start_engine)
         assert self._client is not None
         self._server.serve(ServedModel(engine.model, tokenizer, self._client))
         self._pipe.send(Status("ready", ready=True))
         log.info("ready on %s:%d", self._settings.pod.host, self._settings.http_port)
 
-    def _start_engine(self, config: EngineConfig, progress: LoadProgress) -> tuple[Engine, Tokenizer]:
+    def _start_engine(self) -> tuple[Engine, Tokenizer]:
         """In a thread: everything that blocks."""
-        parallel = config.parallel
-        if parallel.nodes > 1:
-            progress.stage = "resolving the coordinator"
-            hosts = self._settings.pod.hosts_file
-            address = resolve.wait_for(parallel.coordinator, hosts, RESOLVE_TIMEOUT_S)
-        else:
-            address = self._settings.pod.host  # the group is this pod
-        parallel = msgspec.structs.replace(parallel, coordinator=address)
-        engine = create_engine(self._settings, msgspec.structs.replace(config, parallel=parallel), progress)
+        engine = create_engine(
+            self._settings, self._settings.config, self._coordinator(), self._on_progress, self._on_failure
+        )
+        tokenizer = _tokenizer(engine)
         self._engine = engine
         client = self._client = EngineClient(engine, self._metrics, self._loop)
         engine.start(client.on_outputs)
-        return engine, _tokenizer(engine)
+        return engine, tokenizer
 
-    def _watch_threads(self, loop: asyncio.AbstractEventLoop) -> None:
-        """An engine thread that fails takes the process down with its last words."""
-        self._loop = loop
+    def _coordinator(self) -> str:
+        parallel, pod = self._settings.config.parallel, self._settings.pod
+        if parallel.nodes == 1 or pod.node_index == 0:
+            return pod.host  # this pod's rank 0
+        self._on_progress(LoadProgress("resolving the coordinator", detail=parallel.coordinator))
+        return resolve.wait_for(parallel.coordinator, pod.hosts_file, RESOLVE_TIMEOUT_S)
 
-        def failed(args: threading.ExceptHookArgs) -> None:
-            error = args.exc_value or args.exc_type()
-            if not isinstance(error, EXPECTED) or isinstance(error, (AssertionError, KeyError, IndexError)):
-                traceback.print_exception(error)
-            loop.call_soon_threadsafe(self._fail, f"the engine stopped: {_one_line(error)}")
+    def _on_progress(self, progress: LoadProgress) -> None:
+        done = None if progress.done is None else round(progress.done, 3)
+        self._pipe.send(Status(progress.stage, done, progress.detail))
 
-        threading.excepthook = failed
+    def _on_failure(self, error: BaseException) -> None:
+        """From an engine's or connector's thread: the process ends with its last words."""
+        if not isinstance(error, EXPECTED):
+            traceback.print_exception(error)
+        self._loop.call_soon_threadsafe(self._fail, f"the engine stopped: {_one_line(error)}")
 
     def _fail(self, message: str) -> None:
         self._server.failure = message
@@ -231,6 +252,6 @@ def _listen(settings: RankSettings) -> socket.socket:
     """The rank's socket; OSError says which port is taken."""
     host, port = settings.pod.host, settings.http_port
     try:
-        return socket.create_server((host, port), backlog=1024)
+        return socket.create_server((host, port), family=family(host), backlog=1024)
     except OSError as error:
         raise OSError(f"cannot listen on {host}:{port}: {error.strerror}") from error

@@ -361,7 +361,7 @@ def _transfer(sequences: Sequences) -> dict[str, Any] | None:
     if params is None or not choice.token_ids:
         return params
     logprob = choice.logprobs[0] if choice.logprobs else None
-    return api.transfer_answer(params, choice.token_ids[0], logprob)
+    return api.transfer_answer(params, choice.token_ids[0], logprob, sequences.cached_tokens)
 
 
 async def _open_stream(request: web.Request, headers: dict[str, str]) -> web.StreamResponse:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass
 
 from broadbeam_crds.conventions import KV_SIDE_CHANNEL_PORT, RANK_HTTP_PORT
@@ -47,6 +48,11 @@ class RankSettings:
     @property
     def side_channel_port(self) -> int:
         return KV_SIDE_CHANNEL_PORT + self.local_rank
+
+
+def family(host: str) -> socket.AddressFamily:
+    """Of an address that a server listens on."""
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def check_config(config: EngineConfig, path: str, node_index: int) -> None:

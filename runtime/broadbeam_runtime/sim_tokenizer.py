@@ -28,9 +28,11 @@ tide time to toward turn two under until up us very voyage wait warm watch water
 when where which while white wide will wind wing with without work world yard year you
 """
 WORDS = tuple(_WORDS.split())
+VOCABULARY = FIRST_WORD + 2 * len(WORDS)  # each word with and without a leading space
 CHAT = (
     "{% for message in messages %}<|{{ message['role'] if message['role'] in ['system', 'user']"
-    " else 'assistant' }}|>{{ message['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    " else 'assistant' }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 _PIECES = re.compile("(" + "|".join(map(re.escape, SPECIAL)) + r")|( ?[A-Za-z]+)|(.)", re.DOTALL)
 

@@ -20,7 +20,7 @@ from aiohttp import web
 from broadbeam_crds.conventions import RANK_HTTP_PORT, SUPERVISOR_PORT
 from broadbeam_runtime.child import Child
 from broadbeam_runtime.exposition import merge
-from broadbeam_runtime.settings import PodSettings
+from broadbeam_runtime.settings import PodSettings, family
 
 STOP_GRACE_S = 3.0  # beyond drain_s, before SIGKILL
 SCRAPE_TIMEOUT_S = 5.0
@@ -70,7 +70,7 @@ class Supervisor:
     async def _listen(self, runner: web.AppRunner) -> bool:
         host = self._settings.host
         try:
-            listener = socket.create_server((host, SUPERVISOR_PORT))
+            listener = socket.create_server((host, SUPERVISOR_PORT), family=family(host))
         except OSError as error:
             say(f"cannot listen on {host}:{SUPERVISOR_PORT}: {error.strerror}")
             return False

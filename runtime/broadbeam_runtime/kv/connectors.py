@@ -17,7 +17,7 @@ def create(config: EngineConfig, host: str, port: int) -> PullConnector | None:
     if transfer.connector == "nixl":
         from broadbeam_runtime.kv.nixl import NixlTransport
 
-        return PullConnector(NixlTransport(host), host, port, transfer.lease_s)
+        return PullConnector(NixlTransport(), host, port, transfer.lease_s)
     from broadbeam_runtime.kv.tcp import TcpTransport
 
     return PullConnector(TcpTransport(host), host, port, transfer.lease_s)

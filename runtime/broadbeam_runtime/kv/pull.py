@@ -139,7 +139,7 @@ class PullConnector:
 
     # --- KVConnector, the engine thread
 
-    def start(self, pool: torch.Tensor, layout: PoolLayout) -> None:
+    def start(self, pool: torch.Tensor | None, layout: PoolLayout) -> None:
         self._layout = layout
         self._blocks = len(pool) if pool is not None else 0
         self._listener = Listener(self._context, self._host, self._port)
@@ -423,7 +423,8 @@ class PullConnector:
         if peer.welcome is None or not peer.pulls:
             return
         reading = any(pull.read is not None for pull in peer.pulls.values())
-        if not force and now - peer.heartbeat_s < (BUSY_HEARTBEAT_S if reading else HEARTBEAT_S):
+        interval_s = min(BUSY_HEARTBEAT_S if reading else HEARTBEAT_S, peer.welcome.lease_s / 4)
+        if not force and now - peer.heartbeat_s < interval_s:
             return
         peer.number += 1
         peer.heartbeat_s = now

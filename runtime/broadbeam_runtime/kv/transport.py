@@ -25,8 +25,8 @@ class Transport(Protocol):
     name: str
     notifies: bool  # whether a finished read tells the prefill rank by itself (see `finished`)
 
-    def start(self, pool: torch.Tensor, layout: PoolLayout, may_read: MayRead) -> bytes:
-        """Register the pool; `reach`, which lets other ranks read it."""
+    def start(self, pool: torch.Tensor | None, layout: PoolLayout, may_read: MayRead) -> bytes:
+        """Register the pool (None in the simulator alone); `reach`, which lets other ranks read it."""
 
     def connect(self, reach: bytes, blocks: int, host: str) -> Any:
         """A handle of a peer with `blocks` blocks."""

@@ -1,0 +1,210 @@
+"""Blocks move between two real processes, by every connector; what goes wrong ends in an error, not a hang."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BLOCK_BYTES = 4096
+BLOCKS = 64
+PEER = Path(__file__).with_name("peer.py")
+_hosts = (f"127.{90 + os.getpid() % 60}.{number // 250}.{number % 250 + 1}" for number in itertools.count())
+
+
+class Peer:
+    """A handle on one peer process."""
+
+    def __init__(
+        self, connector: str, host: str, lease_s: float, model: str, block_bytes: int, blocks: int
+    ) -> None:
+        self.host = host
+        arguments = [connector, host, str(blocks), str(block_bytes), str(lease_s), model]
+        self.process = subprocess.Popen(
+            [sys.executable, str(PEER), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._greeted = False  # read late, so that peers start side by side
+
+    def _answer(self) -> Any:
+        assert self.process.stdout is not None
+        while True:  # UCX may print warnings
+            line = self.process.stdout.readline()
+            assert line, f"the peer ended with {self.process.wait()}"
+            try:
+                return json.loads(line)
+            except ValueError:
+                continue
+
+    def __call__(self, op: str, **arguments: Any) -> Any:
+        if not self._greeted:
+            self._greeted = True
+            assert "engine_id" in self._answer()
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"op": op, **arguments}) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+            try:
+                self.process.wait(5)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+Start = Callable[..., Peer]
+
+
+@pytest.fixture(params=["nixl", "tcp"])
+def start(request: pytest.FixtureRequest) -> Iterator[Start]:
+    peers: list[Peer] = []
+
+    def start(
+        lease_s: float = 30.0,
+        model: str = "tiny",
+        block_bytes: int = BLOCK_BYTES,
+        host: str | None = None,
+        blocks: int = BLOCKS,
+    ) -> Peer:
+        peer = Peer(request.param, host or next(_hosts), lease_s, model, block_bytes, blocks)
+        peers.append(peer)
+        return peer
+
+    yield start
+    for peer in peers:
+        peer.close()
+
+
+def test_the_blocks_arrive_byte_for_byte_and_the_reader_frees_them(start: Start) -> None:
+    prefill, decode = start(), start()
+    prefill("fill", seed=1)
+    remote, local = [3, 4, 5, 40, 2], [10, 11, 30, 12, 13]
+    params = prefill("hold", id="a", blocks=remote)
+    decode("pull", id="x", params=params, blocks=local)
+    assert decode("pulled", within_s=20) == [{"id": "x", "bytes": 5 * BLOCK_BYTES, "error": None}]
+    assert decode("bytes", blocks=local) == prefill("bytes", blocks=remote)
+    assert prefill("released", within_s=20) == [["a", True]]
+
+
+def test_many_pulls_at_once_all_arrive(start: Start) -> None:
+    prefill, decode = start(), start()
+    prefill("fill", seed=2)
+    for index in range(20):
+        params = prefill("hold", id=f"r{index}", blocks=[index, 63 - index])
+        decode("pull", id=f"r{index}", params=params, blocks=[2 * index, 2 * index + 1])
+    ended: list[dict[str, Any]] = []
+    while len(ended) < 20:
+        more = decode("pulled", within_s=20)
+        assert more
+        ended += more
+    assert {result["id"] for result in ended if result["error"] is None} == {
+        f"r{index}" for index in range(20)
+    }
+    wanted = [block for index in range(20) for block in (index, 63 - index)]
+    assert decode("bytes", blocks=list(range(40))) == prefill("bytes", blocks=wanted)
+
+
+def test_a_lease_that_nobody_renews_expires(start: Start) -> None:
+    prefill, decode = start(lease_s=0.5), start()
+    params = prefill("hold", id="a", blocks=[1])
+    assert prefill("released", within_s=20) == [["a", False]]
+    decode("pull", id="x", params=params, blocks=[1])
+    (result,) = decode("pulled", within_s=20)
+    assert "lease" in result["error"] or "no longer holds" in result["error"]
+
+
+def test_a_request_that_waits_keeps_its_lease(start: Start) -> None:
+    prefill, decode = start(lease_s=1.5), start(lease_s=1.5)
+    prefill("fill", seed=3)
+    params = prefill("hold", id="a", blocks=[7])
+    decode("expect", id="x", params=params)
+    assert prefill("released", within_s=4) == []
+    decode("pull", id="x", params=params, blocks=[9])
+    assert decode("pulled", within_s=20)[0]["error"] is None
+    assert decode("bytes", blocks=[9]) == prefill("bytes", blocks=[7])
+
+
+def test_giving_up_a_waiting_request_frees_its_blocks(start: Start) -> None:
+    prefill, decode = start(), start()
+    params = prefill("hold", id="a", blocks=[7])
+    decode("expect", id="x", params=params)
+    assert prefill("released", within_s=0.3) == []
+    decode("cancel", id="x")
+    assert prefill("released", within_s=20) == [["a", False]]
+
+
+def test_blocks_are_read_once(start: Start) -> None:
+    prefill, decode, late = start(), start(), start()
+    params = prefill("hold", id="a", blocks=[7])
+    decode("pull", id="x", params=params, blocks=[1])
+    assert decode("pulled", within_s=20)[0]["error"] is None
+    for reader in (decode, late):
+        reader("pull", id="y", params=params, blocks=[2])
+        assert reader("pulled", within_s=20)[0]["error"] is not None
+
+
+def test_unequal_layouts_are_refused_by_the_field_that_differs(start: Start) -> None:
+    prefill, decode = start(), start(model="other")
+    params = prefill("hold", id="a", blocks=[1])
+    decode("pull", id="x", params=params, blocks=[1])
+    (result,) = decode("pulled", within_s=20)
+    assert "refused: model: prefill rank has tiny, decode rank other" in result["error"]
+
+
+def test_a_peer_that_is_killed_while_it_is_read_gives_an_error(start: Start) -> None:
+    prefill, decode = start(block_bytes=2**20, blocks=256), start(block_bytes=2**20, blocks=256)
+    for index in range(8):
+        params = prefill("hold", id=f"r{index}", blocks=list(range(256)))
+        decode("pull", id=f"r{index}", params=params, blocks=list(range(256)))
+    prefill.kill()
+    ended: list[dict[str, Any]] = []
+    while len(ended) < 8:
+        more = decode("pulled", within_s=30)
+        assert more, f"only {len(ended)} of 8 pulls ended"
+        ended += more
+    assert any(result["error"] for result in ended)
+
+
+def test_a_peer_that_restarted_is_a_new_engine(start: Start) -> None:
+    prefill, decode = start(), start()
+    stale = prefill("hold", id="a", blocks=[1])
+    decode("pull", id="x", params=stale, blocks=[1])
+    assert decode("pulled", within_s=20)[0]["error"] is None
+    prefill.kill()
+    again = start(host=prefill.host)
+    again("fill", seed=4)
+    decode("pull", id="y", params=stale, blocks=[1])
+    assert "restarted" in decode("pulled", within_s=30)[0]["error"]
+    decode("pull", id="z", params=again("hold", id="b", blocks=[5]), blocks=[2])
+    assert decode("pulled", within_s=30)[0]["error"] is None
+    assert decode("bytes", blocks=[2]) == again("bytes", blocks=[5])
+
+
+def test_nobody_at_the_address_is_an_error_within_the_bound(start: Start) -> None:
+    decode = start()
+    params = {
+        "remote_engine_id": "gone",
+        "remote_host": next(_hosts),
+        "remote_port": 5600,
+        "remote_block_ids": [1],
+    }
+    decode("pull", id="x", params=params, blocks=[1])
+    (result,) = decode("pulled", within_s=30)
+    assert "no answer" in result["error"]
