@@ -8,28 +8,42 @@ from datetime import datetime
 from typing import Any
 
 from broadbeam_crds.conventions import GROUP_READY_GATE
-from broadbeam_operator.cluster import DEPLOYMENT, POD, STATEFUL_SET, Cluster, Object, kind_of
+from broadbeam_operator.cluster import (
+    CONFIG_MAP,
+    DEPLOYMENT,
+    POD,
+    SERVICE_ACCOUNT,
+    STATEFUL_SET,
+    Cluster,
+    Object,
+    kind_of,
+)
 from broadbeam_operator.plan import Plan
 
 WORKLOADS = (STATEFUL_SET, DEPLOYMENT)
+NEEDED = (SERVICE_ACCOUNT, CONFIG_MAP)  # by pods, before they can be made
 
 
 async def apply(cluster: Cluster, plan: Plan, now: datetime) -> None:
     """Everything at once, save that pods' configs and accounts are there before the pods are asked for.
 
-    Raises ClusterError of the first write that failed; the others are still done, and the next pass
-    sees what is left.
+    Raises ClusterError of the first write that failed, after the others that do not hang on it are done;
+    the next pass sees what is left.
     """
-    workloads = [obj for obj in plan.apply if kind_of(obj) in WORKLOADS]
-    others = [obj for obj in plan.apply if kind_of(obj) not in WORKLOADS]
-    await _all([cluster.apply(obj) for obj in others])
+    rest = [obj for obj in plan.apply if kind_of(obj) not in (*WORKLOADS, *NEEDED)]
     await _all(
         [
-            *(cluster.apply(obj) for obj in workloads),
+            _workloads(cluster, plan),
+            *(cluster.apply(obj) for obj in rest),
             *(_delete(cluster, obj) for obj in (*plan.prune, *plan.replace)),
             *(_set_gate(cluster, pod, open_, now) for pod, open_ in plan.gates),
         ]
     )
+
+
+async def _workloads(cluster: Cluster, plan: Plan) -> None:
+    for kinds in (NEEDED, WORKLOADS):
+        await _all([cluster.apply(obj) for obj in plan.apply if kind_of(obj) in kinds])
 
 
 async def _all(writes: Sequence[Awaitable[Any]]) -> None:

@@ -27,6 +27,7 @@ APPLY = "application/apply-patch+yaml"  # JSON is YAML
 STRATEGIC = "application/strategic-merge-patch+json"
 PAGE = 500  # objects per list request
 MAX_CONNECTIONS = 16
+KEEPALIVE_S = 90  # longer than a resync, so that a quiet operator makes no new connections
 TIMEOUT = aiohttp.ClientTimeout(total=30, connect=5)
 GONE = (404, 409)
 
@@ -165,7 +166,9 @@ def path(kind: Kind, namespace: str | None, name: str | None = None) -> str:
 @asynccontextmanager
 async def connect(configuration: Configuration) -> AsyncIterator[KubernetesCluster]:
     """A client with the credentials that `credentials` found."""
-    connector = aiohttp.TCPConnector(ssl=tls(configuration), limit=MAX_CONNECTIONS)
+    connector = aiohttp.TCPConnector(
+        ssl=tls(configuration), limit=MAX_CONNECTIONS, keepalive_timeout=KEEPALIVE_S
+    )
     async with aiohttp.ClientSession(connector=connector, timeout=TIMEOUT) as session:
         yield KubernetesCluster(session, configuration)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -22,6 +23,7 @@ from broadbeam_operator.observe import Observed
 
 METRIC = re.compile(rb'^vllm:prompt_tokens_by_source_total\{[^}]*source="(\w+)"[^}]*\} (\S+)', re.MULTILINE)
 ENOUGH_TOKENS = 64  # fewer say nothing: the odd token is always computed locally
+LOOK_EVERY_S = 2.0  # a burst of passes asks the pods once
 SCRAPE_TIMEOUT = aiohttp.ClientTimeout(total=1.0)
 MAX_BYTES = 4 * 2**20
 
@@ -83,13 +85,21 @@ class KVWatch:
     """Counters as they were at the last verdict of each cluster. It is a sensor's memory, not a decision's:
     after a restart the first look takes all tokens since the pods started."""
 
-    def __init__(self, meter: KVMeter) -> None:
+    def __init__(
+        self, meter: KVMeter, every_s: float = LOOK_EVERY_S, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._meter = meter
+        self._every_s = every_s
+        self._clock = clock
+        self._looked: dict[tuple[str, str], float] = {}
         self._before: dict[tuple[str, str], Mapping[str, Tokens]] = {}
 
     async def look(self, seen: Observed, engine: str) -> Verdict | None:
-        """None while there was too little traffic to say."""
+        """None while there was too little traffic to say, or the last look was just now."""
         key = (seen.namespace, seen.name)
+        if self._clock() - self._looked.get(key, -self._every_s) < self._every_s:
+            return None
+        self._looked[key] = self._clock()
         now = await self._meter.read(targets(seen, engine))
         before = self._before.get(key, {})
         moved = [tokens.since(before.get(uid, Tokens())) for uid, tokens in now.items()]
@@ -100,6 +110,7 @@ class KVWatch:
 
     def forget(self, namespace: str, name: str) -> None:
         self._before.pop((namespace, name), None)
+        self._looked.pop((namespace, name), None)
 
 
 def verdict(tokens: Tokens) -> Verdict | None:

@@ -76,5 +76,5 @@ async def tell(cluster: Cluster, seen: Observed, report: Object) -> None:
     if report == seen.status:
         return
     await cluster.apply_status(SERVING_CLUSTER, seen.namespace, seen.name, report)
-    for severity, reason, message in transitions(seen.status, report):
-        await cluster.emit_event(seen.resource, severity, reason, message)
+    for told in transitions(seen.status, report):
+        await cluster.emit_event(seen.resource, *told)

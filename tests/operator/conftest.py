@@ -65,7 +65,7 @@ class World:
 
     def restart(self) -> None:
         """A new operator that remembers nothing."""
-        self.operator = Operator(self.store, KVWatch(self.meter), now=lambda: NOW)
+        self.operator = Operator(self.store, KVWatch(self.meter, every_s=0), now=lambda: NOW)
 
     async def put(self, cluster: ServingCluster) -> None:
         """As kubectl apply does: the spec; uid and generation are the store's."""
