@@ -6,6 +6,7 @@ has no `kubectl exec`.
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import signal
@@ -142,7 +143,7 @@ class Cluster:
         request.add_header("Content-Type", "application/json")
         try:
             with urllib.request.urlopen(request, timeout=timeout_s) as response:
-                return Answer(response.status, response.read().decode(), dict(response.headers))
+                return Answer(response.status, _read(response).decode(), dict(response.headers))
         except urllib.error.HTTPError as error:
             with error:
                 return Answer(error.code, error.read().decode(), dict(error.headers))
@@ -278,6 +279,14 @@ class Serving:
         """Objects that still carry the cluster's label."""
         listed = self.kubectl("get", CHILDREN, f"--selector={LABEL_CLUSTER}={self.name}", "--output=name")
         return listed.split()
+
+
+def _read(response: http.client.HTTPResponse) -> bytes:
+    """The body, also of an answer that broke off."""
+    try:
+        return response.read()
+    except http.client.IncompleteRead as error:
+        return error.partial
 
 
 def samples(exposition: str, name: str) -> Iterator[tuple[str, float]]:
