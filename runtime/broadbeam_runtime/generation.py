@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
@@ -35,7 +36,9 @@ class Sequences:
             Choice(index, wanted.prompts[index // wanted.n])
             for index in range(len(wanted.prompts) * wanted.n)
         ]
-        self._requests = [self._request(answer_id, wanted, choice) for choice in self.choices]
+        # Clients choose X-Request-Id, and the gateway's retries repeat it: ids within the engine are our own.
+        unique_id = f"{answer_id}-{secrets.token_hex(4)}"
+        self._requests = [self._request(unique_id, wanted, choice) for choice in self.choices]
         self._texts = [TextStream(tokenizer, wanted.text) for _ in self.choices]
         self._times: list[RequestTimes | None] = [None] * len(self.choices)
         self._open: set[int] = set()
@@ -44,12 +47,12 @@ class Sequences:
         self.cached_tokens = 0
         self.kv_transfer_params: dict[str, object] | None = None
 
-    def _request(self, answer_id: str, wanted: Generation, choice: Choice) -> Request:
+    def _request(self, unique_id: str, wanted: Generation, choice: Choice) -> Request:
         sampling, sibling = wanted.sampling, choice.index % wanted.n
         if sampling.seed is not None and sibling:
             sampling = replace(sampling, seed=sampling.seed + sibling)
         return Request(
-            id=f"{answer_id}-{choice.index}",
+            id=f"{unique_id}-{choice.index}",
             prompt_token_ids=choice.prompt,
             sampling=sampling,
             arrival_s=time.monotonic(),
