@@ -84,6 +84,8 @@ def engine_config(group: Group) -> EngineConfig:
             load_s=sim.load.seconds,
             kv_bytes_per_token=sim.kv_bytes_per_token,
             seed=sim.seed,
+            stall_s=sim.stall.seconds,
+            transfer_gbit_s=sim.transfer_gbit_s,
         ),
         device="cuda" if group.on_gpu else "cpu",
         dtype=spec.engine.dtype,

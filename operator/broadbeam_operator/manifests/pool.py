@@ -42,13 +42,14 @@ STOP_MARGIN_S = 15  # after the drain: closing sockets, freeing memory, the supe
 def pool_objects(cluster: ServingCluster, pool: Pool, images: Images) -> list[Object]:
     groups = [Group(cluster, pool, index, images) for index in range(pool.groups)]
     revision = pool_revision(cluster, pool, images)
-    return [obj for group in groups for obj in group_objects(group, revision)] + [
-        disruption_budget(cluster, pool)
+    # Groups whose config is the same share it.
+    configs = {config["metadata"]["name"]: config for config in map(engine_config, groups)}
+    return [
+        *configs.values(),
+        *map(headless_service, groups),
+        *(stateful_set(group, revision) for group in groups),
+        disruption_budget(cluster, pool),
     ]
-
-
-def group_objects(group: Group, revision: str) -> list[Object]:
-    return [engine_config(group), headless_service(group), stateful_set(group, revision)]
 
 
 def pool_revision(cluster: ServingCluster, pool: Pool, images: Images) -> str:
@@ -96,8 +97,10 @@ def headless_service(group: Group) -> Object:
 
 def engine_config(group: Group) -> Object:
     files = engine_shape(group.cluster).files(group)
-    name = names.engine_config_name(group.cluster.metadata.name, group.pool.name, names.digest(files))
-    return child(group.cluster, CONFIG_MAP, name, {"immutable": True, "data": files}, group.labels)
+    cluster, pool = group.cluster.metadata.name, group.pool
+    name = names.engine_config_name(cluster, pool.name, names.digest(files))
+    labels = names.pool_labels(cluster, pool.name, pool.role)
+    return child(group.cluster, CONFIG_MAP, name, {"immutable": True, "data": files}, labels)
 
 
 def disruption_budget(cluster: ServingCluster, pool: Pool) -> Object:
