@@ -128,8 +128,8 @@ def _field(annotation: Any, default: Any, document: Wire, path: Path) -> Iterato
 
 
 def others(kind: Any, current: Any) -> list[Any]:
-    if kind in AMOUNTS:
-        choices = AMOUNTS[kind]
+    if isinstance(kind, type) and issubclass(kind, tuple(AMOUNTS)):
+        choices = next(values for amount, values in AMOUNTS.items() if issubclass(kind, amount))
     elif get_origin(kind) is Literal:
         choices = list(get_args(kind))
     elif kind is bool:
