@@ -13,7 +13,7 @@ import uvloop
 
 from broadbeam_crds.conventions import ENV_POD_IP
 from broadbeam_crds.engine_config import ConfigError, read
-from broadbeam_crds.gateway_config import FileEndpoints, GatewayConfig
+from broadbeam_crds.gateway_config import AuthConfig, FileEndpoints, GatewayConfig
 from broadbeam_router.serve import Surroundings, serve
 from broadbeam_router.sources import SERVICE_ACCOUNT_DIR, ApiServer
 
@@ -28,6 +28,8 @@ def main(argv: list[str] | None = None) -> int:
         config = _checked(flags.config, read(flags.config, GatewayConfig))
         if flags.endpoints is not None:
             config = msgspec.structs.replace(config, endpoints=FileEndpoints(path=flags.endpoints))
+        if flags.keys_dir is not None:
+            config = msgspec.structs.replace(config, auth=AuthConfig(keys_dir=flags.keys_dir))
         here = _surroundings(flags, config)
         # What is loaded by now stays; without it the collector's full passes are shorter.
         gc.freeze()
@@ -53,6 +55,7 @@ def _flags(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--endpoints", metavar="FILE", help="endpoints.json instead of the config's endpoints"
     )
+    parser.add_argument("--keys-dir", metavar="DIR", help="ask for API keys: those in the files of DIR")
     parser.add_argument("--metrics-port", type=int, help="instead of the config's metrics_port")
     parser.add_argument(
         "--service-account", default=SERVICE_ACCOUNT_DIR, help="directory with token and ca.crt"

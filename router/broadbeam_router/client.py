@@ -67,7 +67,7 @@ class Server:
 class ClientConnection(asyncio.Protocol):
     __slots__ = (
         "_chunked", "_keep_alive", "_paused", "_queue", "_reader", "_refused", "_request", "_server",
-        "_source", "_stream_head", "_task", "_transport", "deadline",
+        "_source", "_stream_head", "_task", "_transport", "_unread", "deadline",
     )  # fmt: skip
 
     def __init__(self, server: Server) -> None:
@@ -81,6 +81,7 @@ class ClientConnection(asyncio.Protocol):
         self._chunked = True
         self._keep_alive = True
         self._paused = False  # the client does not read what was written
+        self._unread = 0  # bytes of it when last looked at
         self._refused = False  # nothing further is read from this client
 
     # -- the connection -------------------------------------------------------------------------------
@@ -104,11 +105,18 @@ class ClientConnection(asyncio.Protocol):
 
     def expire(self) -> None:
         """Too long silent: half a request gets 408, an idle or stalled connection is cut."""
+        unread = self._transport.get_write_buffer_size()
+        if self._paused and unread < self._unread:  # slow, but reading
+            self._unread = unread
+            self.deadline = self._server.loop.time() + self._server.idle_s
+            return
         self.deadline = NEVER
         if self._request is None and not self._refused and self._reader.halfway:
             self._refuse(RequestTimeout(f"no whole request within {self._server.idle_s:g} s"))
-        else:
+        elif self._paused or self._refused:
             self._transport.abort()
+        else:
+            self._transport.close()  # and not abort: the kernel may still hold a part of the last answer
 
     def drain(self) -> None:
         """Close when the request being served, if any, is answered."""
@@ -258,6 +266,7 @@ class ClientConnection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self._paused = True
+        self._unread = self._transport.get_write_buffer_size()
         self.deadline = self._server.loop.time() + self._server.idle_s
         if self._source is not None:
             self._source.pause()

@@ -76,6 +76,11 @@ class _Attempts:
         self.tried.append(member)
         self.names.append(member.name)
 
+    def forgive(self) -> None:
+        """The blocks are given up: engines that answered are alive, and may use fresh ones or none."""
+        if self.answer is not None:
+            self.tried.clear()
+
 
 class Forwarder:
     def __init__(
@@ -104,10 +109,10 @@ class Forwarder:
                     return
                 if blocks is not None and blocks.used_up():
                     blocks = None
+                    attempts.forgive()
             elif blocks is not None and attempts.answer is not None:
-                # The engines left are alive, but could not use these blocks; they may use fresh ones.
                 blocks = None
-                attempts.tried.clear()
+                attempts.forgive()
             else:
                 break
         self._give_up(call, attempts)
