@@ -21,6 +21,7 @@ from broadbeam_runtime import resolve
 from broadbeam_runtime.core import Engine, EngineStats, LoadProgress, RankIdentity
 from broadbeam_runtime.generation import EngineClient
 from broadbeam_runtime.metrics import RankMetrics
+from broadbeam_runtime.progress import reporting
 from broadbeam_runtime.server import RankServer, ServedModel
 from broadbeam_runtime.settings import RankSettings, family
 from broadbeam_runtime.status import Status, StatusPipe
@@ -30,7 +31,6 @@ log = logging.getLogger("broadbeam.rank")
 RESOLVE_TIMEOUT_S = 300.0
 # What a person can mend; anything else is a defect and keeps its traceback.
 EXPECTED = (ValueError, OSError, MemoryError, RuntimeError)
-OnProgress = Callable[[LoadProgress], None]
 OnFailure = Callable[[BaseException], None]
 
 
@@ -59,7 +59,7 @@ def create_engine(
     settings: RankSettings,
     config: EngineConfig,
     coordinator: str,
-    on_progress: OnProgress,
+    progress: LoadProgress,
     on_failure: OnFailure,
 ) -> Engine:
     """The engine that the config names; `coordinator` is the resolved address of the group's node 0."""
@@ -73,9 +73,7 @@ def create_engine(
         from broadbeam_runtime.sim import SimEngine
 
         connector = connectors.simulated(config, host, settings.side_channel_port)
-        return SimEngine(
-            config, rank=identity, connector=connector, on_progress=on_progress, on_failure=on_failure
-        )
+        return SimEngine(config, rank=identity, connector=connector, progress=progress, on_failure=on_failure)
     from broadbeam_runtime.engine import TorchEngine
 
     if settings.model_dir is None:
@@ -87,7 +85,7 @@ def create_engine(
         rank=identity,
         model_dir=settings.model_dir,
         connector=connectors.create(config, host, settings.side_channel_port),
-        on_progress=on_progress,
+        progress=progress,
         on_failure=on_failure,
     )
 
@@ -167,16 +165,18 @@ class Rank:
         await self._drained()
 
     async def _load(self) -> None:
-        engine, tokenizer = await asyncio.to_thread(self._start_engine)
+        progress = LoadProgress()
+        with reporting(progress, self._pipe):
+            engine, tokenizer = await asyncio.to_thread(self._start_engine, progress)
         assert self._client is not None
         self._server.serve(ServedModel(engine.model, tokenizer, self._client))
         self._pipe.send(Status("ready", ready=True))
         log.info("ready on %s:%d", self._settings.pod.host, self._settings.http_port)
 
-    def _start_engine(self) -> tuple[Engine, Tokenizer]:
+    def _start_engine(self, progress: LoadProgress) -> tuple[Engine, Tokenizer]:
         """In a thread: everything that blocks."""
         engine = create_engine(
-            self._settings, self._settings.config, self._coordinator(), self._on_progress, self._on_failure
+            self._settings, self._settings.config, self._coordinator(progress), progress, self._on_failure
         )
         tokenizer = _tokenizer(engine)
         self._engine = engine
@@ -184,16 +184,12 @@ class Rank:
         engine.start(client.on_outputs)
         return engine, tokenizer
 
-    def _coordinator(self) -> str:
+    def _coordinator(self, progress: LoadProgress) -> str:
         parallel, pod = self._settings.config.parallel, self._settings.pod
         if parallel.nodes == 1 or pod.node_index == 0:
             return pod.host  # this pod's rank 0
-        self._on_progress(LoadProgress("resolving the coordinator", detail=parallel.coordinator))
+        progress.stage, progress.detail = "resolving", parallel.coordinator
         return resolve.wait_for(parallel.coordinator, pod.hosts_file, RESOLVE_TIMEOUT_S)
-
-    def _on_progress(self, progress: LoadProgress) -> None:
-        done = None if progress.done is None else round(progress.done, 3)
-        self._pipe.send(Status(progress.stage, done, progress.detail))
 
     def _on_failure(self, error: BaseException) -> None:
         """From an engine's or connector's thread: the process ends with its last words."""

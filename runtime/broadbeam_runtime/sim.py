@@ -36,13 +36,13 @@ class SimEngine:
         *,
         rank: RankIdentity,
         connector: PullConnector | None,
-        on_progress: Callable[[LoadProgress], None],
+        progress: LoadProgress,
         on_failure: Callable[[BaseException], None],
     ) -> None:
         self._config = config
         self._rank = rank
         self._connector = connector
-        self._on_progress = on_progress
+        self._progress = progress
         self._on_failure = on_failure
         max_len = config.model.max_model_len or DEFAULT_MODEL_LEN
         self._info = ModelInfo(max_len, VOCABULARY, (END,), tokenizer_dir=None)
@@ -75,11 +75,11 @@ class SimEngine:
         self._load()
         if self._rank.global_rank == 0 and self._rank.world > 1:
             Coordinator(self._rank.host, self._config.parallel.coordinator_port, self._rank.world)
-        self._on_progress(LoadProgress("joining the group", detail=f"rank {self._rank.global_rank}"))
+        self._progress.stage, self._progress.done = "joining", None
         self._group.join(JOIN_TIMEOUT_S)
         if self._connector is not None:
             self._connector.start(None, self._layout())
-        self._on_progress(LoadProgress("canary"))
+        self._progress.stage = "canary"
         self._group.step(self._config.sim.decode_base_ms)
         self._thread = threading.Thread(target=self._run, name="sim-engine", daemon=True)
         self._thread.start()
@@ -108,9 +108,10 @@ class SimEngine:
         return replace(stats, waiting=stats.waiting + len(self._submitted))
 
     def _load(self) -> None:
+        self._progress.stage = "loading"
         start, load_s = time.monotonic(), self._config.sim.load_s
         while (elapsed := time.monotonic() - start) < load_s and not self._stopping:
-            self._on_progress(LoadProgress("loading weights", elapsed / load_s))
+            self._progress.done = elapsed / load_s
             time.sleep(min(0.05, load_s - elapsed))
 
     def _layout(self) -> PoolLayout:
@@ -184,6 +185,7 @@ def _blocks(config: EngineConfig) -> int:
         memory_bytes = DEFAULT_KV_TOKENS * config.sim.kv_bytes_per_token
     if memory_bytes < block_bytes:
         raise ConfigError(
-            f"cache.memory_bytes is {memory_bytes}, one block of {config.cache.block_size} tokens needs {block_bytes}"
+            f"cache.memory_bytes is {memory_bytes}, but one block of {config.cache.block_size} tokens "
+            f"needs {block_bytes}"
         )
     return memory_bytes // block_bytes

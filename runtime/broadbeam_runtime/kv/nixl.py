@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 
 
 def environment(host: str) -> dict[str, str]:
-    """What UCX should be told where nothing else was: on a loopback address only `lo` can be reached, and
-    UCX would announce the machine's other addresses."""
+    """What NIXL and UCX should be told where nothing else was: on a loopback address only `lo` can be
+    reached, and UCX would announce the machine's other addresses."""
     try:
         loopback = ipaddress.ip_address(host).is_loopback
     except ValueError:
         loopback = host == "localhost"
-    return {"UCX_NET_DEVICES": "lo", "UCX_TLS": "tcp,posix,cma,self"} if loopback else {}
+    local = {"UCX_NET_DEVICES": "lo", "UCX_TLS": "tcp,posix,cma,self"} if loopback else {}
+    return {"NIXL_LOG_LEVEL": "WARN", **local}
 
 
 class Reach(msgspec.Struct, frozen=True, array_like=True):
@@ -55,11 +56,8 @@ def _errors(what: str) -> Iterator[None]:
     """NIXL's exceptions, which share no base class, as TransferError."""
     from nixl_cu13 import _bindings as bindings
 
-    kinds = tuple(
-        getattr(bindings, name)
-        for name in dir(bindings)
-        if name.startswith("nixl") and name.endswith("Error")
-    )
+    names = [name for name in dir(bindings) if name.startswith("nixl") and name.endswith("Error")]
+    kinds = tuple(getattr(bindings, name) for name in names)
     try:
         yield
     except kinds as error:
@@ -74,7 +72,6 @@ class NixlTransport:
 
     def start(self, pool: torch.Tensor | None, layout: PoolLayout, may_read: MayRead) -> bytes:
         assert pool is not None
-        logging.getLogger("nixl").setLevel(logging.WARNING)
         from nixl_cu13._api import nixl_agent, nixl_agent_config
 
         with _errors("register the KV pool"):
@@ -90,9 +87,8 @@ class NixlTransport:
                 memory="DRAM" if pool.device.type == "cpu" else "VRAM",
             )
             self._local = self._prepare("NIXL_INIT_AGENT", self._reach, len(pool))
-            return msgspec.msgpack.encode(
-                msgspec.structs.replace(self._reach, agent=self._agent.get_agent_metadata())
-            )
+            metadata = self._agent.get_agent_metadata()
+        return msgspec.msgpack.encode(msgspec.structs.replace(self._reach, agent=metadata))
 
     def _prepare(self, agent: str, reach: Reach, blocks: int) -> Any:
         """Descriptors of all blocks, as one strided row: address, length, device, stride, count."""

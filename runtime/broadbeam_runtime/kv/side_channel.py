@@ -1,4 +1,4 @@
-"""The KV side channel: msgpack messages between a decode rank (DEALER) and a prefill rank (ROUTER) over ZeroMQ.
+"""The KV side channel: msgpack over ZeroMQ between a decode rank (DEALER) and a prefill rank (ROUTER).
 
 A decode rank says Hello with the layout of its pool; the prefill rank answers Welcome with what is needed
 to read its blocks, or Refused naming the field that differs. Heartbeats keep leases alive while a request
@@ -78,7 +78,7 @@ def hello(connector: str, layout: PoolLayout) -> Hello:
 
 
 def mismatch(ours: PoolLayout, connector: str, theirs: Hello) -> str | None:
-    """Why these two ranks must not exchange blocks: the first unequal field with both values; None if they may."""
+    """Why these ranks must not exchange blocks: the first unequal field and both values; None if they may."""
     if theirs.version != VERSION:
         return f"side channel version: prefill rank has {VERSION}, decode rank {theirs.version}"
     if theirs.connector != connector:

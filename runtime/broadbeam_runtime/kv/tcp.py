@@ -168,7 +168,7 @@ class Peer:
 
 
 class TcpTransport:
-    """`transport.Transport` over sockets: a listener on the rank's address at a port of the kernel's choice."""
+    """`transport.Transport` over sockets; listens on the rank's address at a port of the kernel's choice."""
 
     name = "tcp"
     notifies = False

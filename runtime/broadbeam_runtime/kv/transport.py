@@ -1,4 +1,4 @@
-"""What moves the bytes of a pull; `pull.py` does all the rest: leases, handshakes, heartbeats, time limits."""
+"""What moves the bytes of a pull; `pull.py` and `readers.py` do the rest: leases, handshakes, time limits."""
 
 from __future__ import annotations
 

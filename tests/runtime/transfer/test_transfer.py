@@ -1,12 +1,10 @@
-"""Blocks move between two real processes, by every connector; what goes wrong ends in an error, not a hang."""
+"""Blocks move between two real processes by every connector; what goes wrong ends in an error, not a hang."""
 
 from __future__ import annotations
 
 import itertools
-import json
+import multiprocessing
 import os
-import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,59 +12,43 @@ from typing import Any
 
 import pytest
 
+# The peers are forked from a server that has imported torch once.
+sys.path.insert(0, str(Path(__file__).parent))
+import transfer_peer
+
 BLOCK_BYTES = 4096
 BLOCKS = 64
-PEER = Path(__file__).with_name("peer.py")
+CONTEXT = multiprocessing.get_context("forkserver")
+PRELOAD = ["torch", "nixl_cu13._api", "broadbeam_runtime.kv.connectors", "broadbeam_runtime.kv.tcp"]
+CONTEXT.set_forkserver_preload(["pytest", *PRELOAD])  # modules that are found without this folder
 _hosts = (f"127.{90 + os.getpid() % 60}.{number // 250}.{number % 250 + 1}" for number in itertools.count())
 
 
 class Peer:
-    """A handle on one peer process."""
+    """A handle on one peer process: call it with an operation and its arguments."""
 
     def __init__(
         self, connector: str, host: str, lease_s: float, model: str, block_bytes: int, blocks: int
     ) -> None:
         self.host = host
-        arguments = [connector, host, str(blocks), str(block_bytes), str(lease_s), model]
-        self.process = subprocess.Popen(
-            [sys.executable, str(PEER), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self._greeted = False  # read late, so that peers start side by side
-
-    def _answer(self) -> Any:
-        assert self.process.stdout is not None
-        while True:  # UCX may print warnings
-            line = self.process.stdout.readline()
-            assert line, f"the peer ended with {self.process.wait()}"
-            try:
-                return json.loads(line)
-            except ValueError:
-                continue
+        self._pipe, theirs = CONTEXT.Pipe()
+        arguments = (theirs, connector, host, blocks, block_bytes, lease_s, model)
+        self._process = CONTEXT.Process(target=transfer_peer.main, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()
 
     def __call__(self, op: str, **arguments: Any) -> Any:
-        if not self._greeted:
-            self._greeted = True
-            assert "engine_id" in self._answer()
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"op": op, **arguments}) + "\n")
-        self.process.stdin.flush()
-        return self._answer()
+        self._pipe.send((op, arguments))
+        return self._pipe.recv()
 
     def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
+        self._process.kill()
+        self._process.join()
 
     def close(self) -> None:
-        if self.process.poll() is None:
-            assert self.process.stdin is not None
-            self.process.stdin.close()
-            try:
-                self.process.wait(5)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-        assert self.process.stdout is not None
-        self.process.stdout.close()
+        self._pipe.close()
+        self._process.join(5)
+        self.kill()
 
 
 Start = Callable[..., Peer]
@@ -100,7 +82,7 @@ def test_the_blocks_arrive_byte_for_byte_and_the_reader_frees_them(start: Start)
     decode("pull", id="x", params=params, blocks=local)
     assert decode("pulled", within_s=20) == [{"id": "x", "bytes": 5 * BLOCK_BYTES, "error": None}]
     assert decode("bytes", blocks=local) == prefill("bytes", blocks=remote)
-    assert prefill("released", within_s=20) == [["a", True]]
+    assert prefill("released", within_s=20) == [("a", True)]
 
 
 def test_many_pulls_at_once_all_arrive(start: Start) -> None:
@@ -124,7 +106,7 @@ def test_many_pulls_at_once_all_arrive(start: Start) -> None:
 def test_a_lease_that_nobody_renews_expires(start: Start) -> None:
     prefill, decode = start(lease_s=0.5), start()
     params = prefill("hold", id="a", blocks=[1])
-    assert prefill("released", within_s=20) == [["a", False]]
+    assert prefill("released", within_s=20) == [("a", False)]
     decode("pull", id="x", params=params, blocks=[1])
     (result,) = decode("pulled", within_s=20)
     assert "lease" in result["error"] or "no longer holds" in result["error"]
@@ -147,7 +129,7 @@ def test_giving_up_a_waiting_request_frees_its_blocks(start: Start) -> None:
     decode("expect", id="x", params=params)
     assert prefill("released", within_s=0.3) == []
     decode("cancel", id="x")
-    assert prefill("released", within_s=20) == [["a", False]]
+    assert prefill("released", within_s=20) == [("a", False)]
 
 
 def test_blocks_are_read_once(start: Start) -> None:
