@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from broadbeam_crds.model_shapes import Parameters, kv_width, parameters, shape_of
-from broadbeam_crds.v1alpha1 import Architecture, Engine, Pool, ServingCluster, WeightOffload
+from broadbeam_crds.v1alpha1 import Architecture, Engine, Pool, ServingCluster, Simulation, WeightOffload
 
 # Bytes of one weight, its share of the scales included.
 WEIGHT_BYTES: Final[dict[str, float]] = {
@@ -86,7 +86,7 @@ class Capacity:
 
     @property
     def needed_bytes(self) -> int | None:
-        """Weights and the cache that was asked for."""
+        """Weights and the cache that was asked for; what a step needs beside them is not counted."""
         if self.weight_bytes is None:
             return None
         return self.weight_bytes + (self.kv_bytes or 0 if self.kv_given else 0)
@@ -110,7 +110,8 @@ def capacity(pool: Pool, engine: Engine, shape: Architecture | None) -> Capacity
     experts = shape.experts.count if shape and shape.experts else 0
     slots, rest = divmod(experts + redundant, pool.expert_parallel)
     weights = _weights(pool, engine, shape, (experts + redundant) / pool.expert_parallel) if shape else None
-    device = device_bytes(pool)
+    # The simulator holds no weights; what is said of them is said of the engine it stands for.
+    device = device_bytes(pool) if engine.name != "sim" else None
     on_device = weights.on_device if weights else None
     given = pool.kv_cache.memory
     left = max(0, device - on_device) if device is not None and on_device is not None else None
@@ -188,9 +189,9 @@ class WeightFormats:
 
 
 def weight_formats(pool: Pool, engine: Engine, shape: Architecture) -> WeightFormats:
-    """What `auto` comes to. Engines broadbeam and sim hold all weights in one unquantised type."""
+    """What `auto` comes to. Engine broadbeam holds all weights in one unquantised type."""
     plain = _OF_DTYPE.get(engine.dtype, "fp32" if shape.weights == "fp32" else "bf16")
-    if engine.name != "vllm":
+    if engine.name == "broadbeam":
         return WeightFormats(plain, plain, plain)
     quantised = shape.weights in ("fp8", "mxfp4", "nvfp4")
     moe = shape.weights if quantised else plain
@@ -205,6 +206,8 @@ def weight_formats(pool: Pool, engine: Engine, shape: Architecture) -> WeightFor
 
 def kv_bytes_per_token(pool: Pool, engine: Engine, shape: Architecture) -> int:
     """On one rank, all layers. Latent attention is not cut by `tensor`; key-value heads are."""
+    if engine.name == "sim":
+        return (engine.sim or Simulation()).kv_bytes_per_token
     chosen = pool.precision.kv_cache
     plain = _OF_DTYPE.get(engine.dtype, "fp32" if shape.weights == "fp32" else "bf16")
     width = kv_width(shape)

@@ -52,7 +52,7 @@ class _Amount(str):
             raise ValueError(f"{text} is a decimal number, not {cls.example}")
         if isinstance(value, bool) or not isinstance(value, (str, int) if cls.integers else str):
             raise ValueError(f"{text} is not {cls.example}")
-        if len(text) > cls.max_length or not re.fullmatch(cls.pattern, text):
+        if len(text) > cls.max_length or not re.fullmatch(cls.pattern, text, re.ASCII):
             raise ValueError(f'"{text[:40]}" is not {cls.example}')
         return text
 
@@ -89,11 +89,12 @@ class _Amount(str):
 
 
 class Quantity(_Amount):
-    """A Kubernetes quantity that is not negative: `64Gi`, `256Mi`, `500m`, `2`, `"1.5"`."""
+    """A Kubernetes quantity above zero: `64Gi`, `256Mi`, `500m`, `2`, `"1.5"`."""
 
-    pattern = r"^(\d+(\.\d*)?|\.\d+)(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
-    example = 'a quantity such as 64Gi, 256Mi, 500m, 2 or "1.5"'
+    pattern = r"^(0*[1-9]\d*(\.\d*)?|\d*\.\d*[1-9]\d*)(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$"
+    example = 'a quantity above zero such as 64Gi, 256Mi, 500m, 2 or "1.5"'
     integers = True
+    minimum = 1
 
     @property
     def amount(self) -> Decimal:
@@ -117,6 +118,16 @@ class Duration(_Amount):
     def seconds(self) -> float:
         parts = re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h)", self)
         return float(sum(Fraction(number) * _DURATION_UNIT[unit] for number, unit in parts))
+
+
+class PositiveDuration(Duration):
+    """A duration that is not zero."""
+
+    pattern = (
+        r"^(\d+(\.\d+)?(ms|s|m|h))*(0*[1-9]\d*(\.\d+)?|\d+\.\d*[1-9]\d*)(ms|s|m|h)"
+        r"(\d+(\.\d+)?(ms|s|m|h))*$"
+    )
+    example = "a duration above zero such as 500ms, 30s, 1m30s or 2h"
 
 
 class Share(_Amount):

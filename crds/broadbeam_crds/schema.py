@@ -46,7 +46,7 @@ def crd() -> Schema:
         "listKind": f"{KIND}List",
         "plural": PLURAL,
         "singular": KIND.lower(),
-        "shortNames": ["sc"],
+        "shortNames": ["bsc"],  # "sc" is StorageClass
         "categories": ["all", "broadbeam"],
     }
     version = {

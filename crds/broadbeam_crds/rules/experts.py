@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from broadbeam_crds.model_shapes import SHAPES, shape_of
-from broadbeam_crds.rules.rule import Finding, cel_text, pool_in_spec_rule, pool_rule
+from broadbeam_crds.rules.rule import Finding, cel_list, cel_text, pool_in_spec_rule, pool_rule
 from broadbeam_crds.v1alpha1 import Pool, ServingCluster
 
 
@@ -77,6 +77,10 @@ def _known_experts() -> str:
     return "{" + ", ".join(f"{cel_text(name)}: {count}" for name, count in known.items()) + "}"
 
 
+def _known_dense() -> str:
+    return cel_list(name for name, shape in SHAPES.items() if shape.experts is None)
+
+
 _NAME: Final = "self.model.name.lowerAscii().substring(self.model.name.lastIndexOf('/') + 1)"
 _GIVEN: Final = "has(self.model.architecture)"
 _EXPERTS: Final = (
@@ -119,7 +123,8 @@ RULES: Final = (
     pool_in_spec_rule(
         'spec.pools[{pool}].expertLoadBalancing: model "{model}" has no experts to balance',
         _balancing_dense,
-        f"has(p.expertLoadBalancing) && {_GIVEN} && !has(self.model.architecture.experts)",
+        f"has(p.expertLoadBalancing) && ({_GIVEN} ? !has(self.model.architecture.experts) : "
+        f"{_NAME} in {_known_dense()})",
         {"model": "self.model.name"},
     ),
     pool_in_spec_rule(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from broadbeam_crds.rules.rule import Cel, Finding, Rule, cel_list, cel_literal, cel_text, pool_in_spec_rule
+from broadbeam_crds.rules.rule import Cel, Finding, Rule, cel_list, cel_literal, pool_in_spec_rule
 from broadbeam_crds.v1alpha1 import EngineName, Pool, ServingCluster
 
 OURS: Final[tuple[EngineName, ...]] = ("broadbeam", "sim")

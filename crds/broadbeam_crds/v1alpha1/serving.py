@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from broadbeam_crds.conventions import GATEWAY_PORT
-from broadbeam_crds.quantity import Duration, Quantity, Share
+from broadbeam_crds.quantity import Duration, PositiveDuration, Quantity, Share
 from broadbeam_crds.v1alpha1.fields import ApiModel, DnsLabel, SecretReference, list_map
 
 
@@ -17,8 +17,8 @@ class KVTransfer(ApiModel):
     connector: Literal["nixl", "tcp"] = Field(
         description="nixl: RDMA, NVLink or shared memory, whatever the nodes have. tcp: plain sockets."
     )
-    lease: Duration = Field(
-        Duration("30s"), description="How long a prefill rank keeps blocks that nobody has fetched."
+    lease: PositiveDuration = Field(
+        PositiveDuration("30s"), description="How long a prefill rank keeps blocks that nobody has fetched."
     )
     load_failure_policy: Literal["fail", "recompute"] = Field(
         "fail", description="When blocks cannot be fetched: fail the request, or compute the prompt again."
@@ -62,10 +62,12 @@ class GatewayLimits(ApiModel):
 class GatewayTimeouts(ApiModel):
     """How long the gateway waits for an engine."""
 
-    connect: Duration = Field(Duration("2s"), description="For a connection.")
-    prefill: Duration = Field(Duration("120s"), description="For the whole prefill leg.")
-    first_byte: Duration = Field(Duration("300s"), description="For the start of the decode leg's answer.")
-    idle: Duration = Field(Duration("120s"), description="Between two pieces of an answer.")
+    connect: PositiveDuration = Field(PositiveDuration("2s"), description="For a connection.")
+    prefill: PositiveDuration = Field(PositiveDuration("120s"), description="For the whole prefill leg.")
+    first_byte: PositiveDuration = Field(
+        PositiveDuration("300s"), description="For the start of the decode leg's answer."
+    )
+    idle: PositiveDuration = Field(PositiveDuration("120s"), description="Between two pieces of an answer.")
     drain: Duration = Field(Duration("30s"), description="For running requests when a replica stops.")
 
 
@@ -89,8 +91,9 @@ class Gateway(ApiModel):
     retries: int = Field(
         2, ge=0, le=16, description="Further ranks tried for a leg, before the client has got a byte."
     )
-    ejection: Duration = Field(
-        Duration("5s"), description="How long a rank that failed is left out at first; it doubles up to 60s."
+    ejection: PositiveDuration = Field(
+        PositiveDuration("5s"),
+        description="How long a rank that failed is left out at first; it doubles up to 60s.",
     )
     listeners: list[Listener] = Field(
         default_factory=lambda: [Listener()],
@@ -107,8 +110,8 @@ class Gateway(ApiModel):
 class Objectives(ApiModel):
     """The speed that clients are promised."""
 
-    ttft: Duration | None = Field(None, description="Time to first token.")
-    tpot: Duration | None = Field(None, description="Time per output token after the first.")
+    ttft: PositiveDuration | None = Field(None, description="Time to first token.")
+    tpot: PositiveDuration | None = Field(None, description="Time per output token after the first.")
 
 
 Weight = Annotated[int, Field(ge=1, le=100)]
@@ -123,7 +126,7 @@ class Canary(ApiModel):
         description="Shares of the requests, in percent, one step after the other: [5, 25, 50].",
         json_schema_extra={"x-kubernetes-list-type": "atomic"},
     )
-    interval: Duration = Field(Duration("5m"), description="How long each share is watched.")
+    interval: PositiveDuration = Field(PositiveDuration("5m"), description="How long each share is watched.")
 
 
 class Rollout(ApiModel):
@@ -146,7 +149,9 @@ class Recovery(ApiModel):
     """What happens when a rank dies."""
 
     restart_budget: int = Field(5, ge=0, le=1000, description="Restarts of a group within the window.")
-    window: Duration = Field(Duration("10m"), description="Time over which restarts are counted.")
+    window: PositiveDuration = Field(
+        PositiveDuration("10m"), description="Time over which restarts are counted."
+    )
     ladder: list[LadderStep] = Field(
         default=["quarantine", "replace-group"],
         min_length=1,
