@@ -54,12 +54,19 @@ def _decode_kernel(
     first = split * steps // SPLIT
     last = (split + 1) * steps // SPLIT
     w_scale = w_scale_ptr + (n // 128) * steps
+    x_scale = x_scale_ptr + row * x_scale_row
+    weight = tl.load(w_scale + first)
+    token = tl.load(x_scale + first * x_scale_step, mask=row < rows, other=0.0)
     for step in tl.range(first, last, num_stages=STAGES):
+        # The next step's scales travel while this step's product runs.
+        ahead = tl.minimum(step + 1, last - 1)
+        next_weight = tl.load(w_scale + ahead)
+        next_token = tl.load(x_scale + ahead * x_scale_step, mask=row < rows, other=0.0)
         w = w_desc.load([n, step * BK])
         x = x_desc.load([m, step * BK])
-        x_scale = tl.load(x_scale_ptr + row * x_scale_row + step * x_scale_step, mask=row < rows, other=0.0)
-        scale = x_scale * tl.load(w_scale + step)
-        acc += tl.dot(w, x.T) * scale[None, :]
+        acc += tl.dot(w, x.T) * (token * weight)[None, :]
+        weight = next_weight
+        token = next_token
     column = n + tl.arange(0, BN)
     at = out_ptr + row[None, :] * out_row + column[:, None]
     mask = (row < rows)[None, :] & (column < columns)[:, None]

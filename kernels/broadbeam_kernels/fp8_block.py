@@ -44,10 +44,11 @@ def _quantize_rows_kernel(
     WHOLE: tl.constexpr,  # columns is a multiple of 128
     GROUPS: tl.constexpr,
 ):
-    index = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    index = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     inside = index < total
-    row = index // groups
-    group = index - row * groups
+    row32 = index // groups
+    group = index - row32 * groups
+    row = row32.to(tl.int64)
     column = (group * 128)[:, None] + tl.arange(0, 128)[None, :]
     mask = inside[:, None] if WHOLE else inside[:, None] & (column < columns)
     x = tl.load(x_ptr + (row * x_row)[:, None] + column, mask=mask, other=0.0).to(tl.float32)
@@ -97,10 +98,11 @@ def _dequantize_kernel(
     WHOLE: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    index = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    index = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     inside = index < total
-    row = index // groups
-    group = index - row * groups
+    row32 = index // groups
+    group = index - row32 * groups
+    row = row32.to(tl.int64)
     column = (group * 128)[:, None] + tl.arange(0, 128)[None, :]
     mask = inside[:, None] if WHOLE else inside[:, None] & (column < columns)
     at = (row * columns)[:, None] + column

@@ -40,27 +40,35 @@ def _quantize_kernel(
     row_words,
     BF16: tl.constexpr,
     SWIZZLED: tl.constexpr,
+    FLAT: tl.constexpr,  # dense rows and linear scales: a block's number is its place
     BLOCKS: tl.constexpr,
 ):
-    index = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    row = index // grid_blocks
-    block = (index - row * grid_blocks).to(tl.int32)
-    inside = (index < total) & (row < rows) & (block < blocks)
+    index = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    inside = index < total
     word = tl.arange(0, 16)
-    at = (row * row_words + block * 16)[:, None] + word[None, :]
-    low, high = codes.unpack_pair(tl.load(x_ptr + at, mask=inside[:, None], other=0), BF16)
+    if FLAT:
+        place = index
+        at = index.to(tl.int64) * 16
+    else:
+        row = index // grid_blocks
+        block = index - row * grid_blocks
+        inside = inside & (row < rows) & (block < blocks)
+        place = row * blocks + block
+        at = row.to(tl.int64) * row_words + block * 16
+    words = tl.load(x_ptr + at[:, None] + word[None, :], mask=inside[:, None], other=0)
+    low, high = codes.unpack_pair(words, BF16)
     exponent = mxfp4_exponent(tl.max(tl.maximum(tl.abs(low), tl.abs(high)), axis=1))
     # 2^(127 - exponent): exponent 254 needs 2^-127, a denormal, whose bits are 1 << 22.
     bits = tl.where(exponent == 254, 1 << 22, (254 - exponent) << 23)
     factor = bits.to(tl.float32, bitcast=True)[:, None]
     packed = codes.e2m1_pack(low * factor, high * factor)
-    out = (row * blocks + block)[:, None] * 16 + word[None, :]
+    out = place.to(tl.int64)[:, None] * 16 + word[None, :]
     tl.store(codes_ptr + out, packed, mask=inside[:, None])
     if SWIZZLED:
         offset = codes.swizzled_offset(row, block, grid_blocks // 4)
         tl.store(scales_ptr + offset, tl.where(inside, exponent, 0).to(tl.uint8), mask=index < total)
     else:
-        tl.store(scales_ptr + row * blocks + block, exponent.to(tl.uint8), mask=inside)
+        tl.store(scales_ptr + place, exponent.to(tl.uint8), mask=inside)
 
 
 @triton.jit
@@ -74,9 +82,9 @@ def _dequantize_kernel(
     SWIZZLED: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    index = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    index = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     inside = index < total
-    at = index[:, None] * 16 + tl.arange(0, 16)[None, :]
+    at = index.to(tl.int64)[:, None] * 16 + tl.arange(0, 16)[None, :]
     code = tl.load(codes_ptr + at, mask=inside[:, None], other=0).to(tl.int32)
     scale_at = index
     if SWIZZLED:
@@ -121,6 +129,7 @@ def quantize_mxfp4(x: Tensor, fmt: Mxfp4 = MXFP4) -> Quantized:
             x.stride(0) // 2,
             BF16=x.dtype == torch.bfloat16,
             SWIZZLED=swizzled,
+            FLAT=x.is_contiguous() and not swizzled,
             **tuned,
         )
     return Quantized(values, scales, fmt, (rows, columns))

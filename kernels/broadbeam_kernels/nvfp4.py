@@ -22,13 +22,6 @@ from .tuning import config
 
 
 @triton.jit
-def _block_index(pid, BLOCKS: tl.constexpr, blocks_per_row):
-    index = pid.to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    row = index // blocks_per_row
-    return index, row, (index - row * blocks_per_row).to(tl.int32)
-
-
-@triton.jit
 def _quantize_kernel(
     x_ptr,  # int32 view: pairs of 16-bit values
     codes_ptr,
@@ -42,28 +35,38 @@ def _quantize_kernel(
     BF16: tl.constexpr,
     FROM_AMAX: tl.constexpr,
     SWIZZLED: tl.constexpr,
+    FLAT: tl.constexpr,  # dense rows and linear scales: a block's number is its place
     BLOCKS: tl.constexpr,
 ):
-    index, row, block = _block_index(tl.program_id(0), BLOCKS, grid_blocks)
-    inside = (index < total) & (row < rows) & (block < blocks)
+    index = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    inside = index < total
+    word = tl.arange(0, 8)
+    if FLAT:
+        place = index
+        at = index.to(tl.int64) * 8
+    else:
+        row = index // grid_blocks
+        block = index - row * grid_blocks
+        inside = inside & (row < rows) & (block < blocks)
+        place = row * blocks + block
+        at = row.to(tl.int64) * row_words + block * 8
     g = tl.load(global_ptr)
     if FROM_AMAX:
         g = tl.where(g > 0, tl.div_rn(2688.0, g), 1.0)
-    word = tl.arange(0, 8)
-    at = (row * row_words + block * 8)[:, None] + word[None, :]
-    low, high = codes.unpack_pair(tl.load(x_ptr + at, mask=inside[:, None], other=0), BF16)
+    words = tl.load(x_ptr + at[:, None] + word[None, :], mask=inside[:, None], other=0)
+    low, high = codes.unpack_pair(words, BF16)
     amax = tl.max(tl.maximum(tl.abs(low), tl.abs(high)), axis=1)
     scale = codes.e4m3(g * (amax * (1.0 / 6.0)))
     decoded = scale.to(tl.float32)
     factor = tl.where(decoded == 0.0, 0.0, tl.div_rn(1.0, decoded * tl.div_rn(1.0, g)))[:, None]
     packed = codes.e2m1_pack(low * factor, high * factor)
-    out = (row * blocks + block)[:, None] * 8 + word[None, :]
+    out = place.to(tl.int64)[:, None] * 8 + word[None, :]
     tl.store(codes_ptr + out, packed, mask=inside[:, None])
     if SWIZZLED:
         offset = codes.swizzled_offset(row, block, grid_blocks // 4)
         tl.store(scales_ptr + offset, tl.where(inside, decoded, 0.0).to(tl.float8e4nv), mask=index < total)
     else:
-        tl.store(scales_ptr + row * blocks + block, scale, mask=inside)
+        tl.store(scales_ptr + place, scale, mask=inside)
 
 
 @triton.jit
@@ -78,11 +81,14 @@ def _dequantize_kernel(
     SWIZZLED: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    index, row, block = _block_index(tl.program_id(0), BLOCKS, blocks)
+    index = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     inside = index < total
-    at = index[:, None] * 8 + tl.arange(0, 8)[None, :]
+    at = index.to(tl.int64)[:, None] * 8 + tl.arange(0, 8)[None, :]
     code = tl.load(codes_ptr + at, mask=inside[:, None], other=0).to(tl.int32)
-    scale_at = codes.swizzled_offset(row, block, (blocks + 3) // 4) if SWIZZLED else index
+    scale_at = index
+    if SWIZZLED:
+        row = index // blocks
+        scale_at = codes.swizzled_offset(row, index - row * blocks, (blocks + 3) // 4)
     scale = tl.load(scales_ptr + scale_at, mask=inside, other=0.0).to(tl.float32)
     scale = tl.div_rn(scale, tl.load(global_ptr))[:, None]
     low = codes.e2m1_value(code) * scale
@@ -91,12 +97,16 @@ def _dequantize_kernel(
 
 
 @triton.jit
-def _amax_kernel(x_ptr, amax_ptr, columns, row_words, total, BF16: tl.constexpr, WORDS: tl.constexpr):
+def _amax_kernel(
+    x_ptr, amax_ptr, columns, row_words, total, BF16: tl.constexpr, FLAT: tl.constexpr, WORDS: tl.constexpr
+):
     best = tl.zeros((WORDS,), tl.float32)
-    for start in tl.range(tl.program_id(0) * WORDS, total, tl.num_programs(0) * WORDS, num_stages=4):
+    for start in tl.range(tl.program_id(0) * WORDS, total, tl.num_programs(0) * WORDS):
         index = start + tl.arange(0, WORDS)
-        row = index // columns
-        at = row.to(tl.int64) * row_words + (index - row * columns)
+        at = index
+        if not FLAT:
+            row = index // columns
+            at = row.to(tl.int64) * row_words + (index - row * columns)
         low, high = codes.unpack_pair(tl.load(x_ptr + at, mask=index < total, other=0), BF16)
         best = tl.maximum(best, tl.maximum(tl.abs(low), tl.abs(high)))
     # Non-negative floats order as their bits do, so an integer maximum needs no lock.
@@ -118,16 +128,22 @@ def amax(x: Tensor) -> Tensor:
         x.shape[1] // 2,
         x.stride(0) // 2,
         words,
-        x.dtype == torch.bfloat16,
+        BF16=x.dtype == torch.bfloat16,
+        FLAT=x.is_contiguous(),
         WORDS=4096,
+        num_warps=8,
     )
     return out.view(torch.float32)
 
 
 def global_scale(x: Tensor) -> Tensor:
     """NVFP4 global scale of a tensor: 448 * 6 / amax, 1 for a tensor of zeros (float32, one element)."""
-    largest = amax(x)
-    return torch.where(largest > 0, NVFP4_RANGE / largest, torch.ones_like(largest))
+    return _from_amax(amax(x))
+
+
+def _from_amax(largest: Tensor) -> Tensor:
+    # A scalar over a tensor would multiply by a rounded reciprocal; this divides.
+    return torch.where(largest > 0, torch.full_like(largest, NVFP4_RANGE) / largest, torch.ones_like(largest))
 
 
 def quantize_nvfp4(x: Tensor, fmt: Nvfp4 = NVFP4, global_scale: Tensor | None = None) -> Quantized:
@@ -168,10 +184,11 @@ def quantize_nvfp4(x: Tensor, fmt: Nvfp4 = NVFP4, global_scale: Tensor | None = 
             BF16=x.dtype == torch.bfloat16,
             FROM_AMAX=global_scale is None,
             SWIZZLED=swizzled,
+            FLAT=x.is_contiguous() and not swizzled,
             **tuned,
         )
     if global_scale is None:
-        source = torch.where(source > 0, NVFP4_RANGE / source, torch.ones_like(source))
+        source = _from_amax(source)
     return Quantized(values, scales, fmt, (rows, columns), source)
 
 

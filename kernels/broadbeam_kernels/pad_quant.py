@@ -36,16 +36,17 @@ def _fp8_kernel(
     BYTE: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    index = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    index = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     inside = index < total
-    row = index // groups
-    group = index - row * groups
+    row32 = index // groups
+    group = index - row32 * groups
+    row = row32.to(tl.int64)
     column = (group * 128)[:, None] + tl.arange(0, 128)[None, :]
     mask = inside[:, None] & (column < columns)
     x = tl.load(x_ptr + (row * x_row)[:, None] + column, mask=mask, other=0.0).to(tl.float32)
     scale = codes.fp8_scale(tl.max(tl.abs(x), axis=1), POW2)
     code = codes.e4m3(codes.divide(x, scale[:, None], tl.div_rn(1.0, scale)[:, None]))
-    at = index[:, None] * 128 + tl.arange(0, 128)[None, :]
+    at = index.to(tl.int64)[:, None] * 128 + tl.arange(0, 128)[None, :]
     tl.store(codes_ptr + at, code, mask=inside[:, None])
     where = scales_ptr + row * scale_row + group * scale_group
     if BYTE:
@@ -66,19 +67,21 @@ def _mxfp4_kernel(
     BF16: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    index = tl.program_id(0).to(tl.int64) * (GROUPS * 4) + tl.arange(0, GROUPS * 4)
+    index = tl.program_id(0) * (GROUPS * 4) + tl.arange(0, GROUPS * 4)
     inside = index < total
     row = index // blocks
     word = ((index - row * blocks) * 16)[:, None] + tl.arange(0, 16)[None, :]
     mask = inside[:, None] & (word < words)
     low, high = codes.unpack_pair(
-        tl.load(x_ptr + (row * row_words)[:, None] + word, mask=mask, other=0), BF16
+        tl.load(x_ptr + (row.to(tl.int64) * row_words)[:, None] + word, mask=mask, other=0), BF16
     )
     exponent = mxfp4_exponent(tl.max(tl.maximum(tl.abs(low), tl.abs(high)), axis=1))
     bits = tl.where(exponent == 254, 1 << 22, (254 - exponent) << 23)
     factor = bits.to(tl.float32, bitcast=True)[:, None]
     packed = codes.e2m1_pack(low * factor, high * factor)
-    tl.store(codes_ptr + index[:, None] * 16 + tl.arange(0, 16)[None, :], packed, mask=inside[:, None])
+    tl.store(
+        codes_ptr + index.to(tl.int64)[:, None] * 16 + tl.arange(0, 16)[None, :], packed, mask=inside[:, None]
+    )
     tl.store(scales_ptr + index, exponent.to(tl.uint8), mask=inside)
 
 

@@ -89,6 +89,12 @@ def _add(a, b):
 
 
 @gluon.jit
+def _next(stage, phase, STAGES: gl.constexpr):
+    last = stage == STAGES - 1
+    return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
+
+
+@gluon.jit
 def _produce(
     a_desc,
     b_desc,
@@ -139,9 +145,7 @@ def _produce(
                 mbarrier.expect(ready, a_desc.block_type.nbytes + b_desc.block_type.nbytes)
                 tma.async_copy_global_to_shared(a_desc, [row, step * BK], ready, a_bufs.index(stage))
                 tma.async_copy_global_to_shared(b_desc, [b_row, step * BK], ready, b_bufs.index(stage))
-                stage += 1
-                phase = gl.where(stage == STAGES, phase ^ 1, phase)
-                stage = gl.where(stage == STAGES, 0, stage)
+                stage, phase = _next(stage, phase, STAGES)
 
 
 @gluon.jit
@@ -150,6 +154,106 @@ def _write(c_desc, c_buf, acc, row, column):
     c_buf.store(acc.to(c_desc.dtype))
     fence_async_shared()
     tma.async_copy_shared_to_global(c_desc, [row, column], c_buf)
+
+
+@gluon.jit
+def _scaled_tile(
+    a_scale,
+    b_scale,
+    in_use,
+    a_scale_row,
+    a_scale_step,
+    a_bufs,
+    b_bufs,
+    full,
+    empty,
+    stage,
+    phase,
+    steps,
+    part,
+    HALF: gl.constexpr,
+    SUB: gl.constexpr,
+    BN: gl.constexpr,
+    STAGES: gl.constexpr,
+    mma: gl.constexpr,
+):
+    """One output tile: the product of each 128 columns of K, scaled into the accumulators."""
+    acc = gl.zeros([64, BN], gl.float32, mma)
+    acc2 = acc
+    weight = gl.load(b_scale)
+    scale = gl.load(a_scale, mask=in_use > 0, other=0.0)
+    scale2 = scale
+    if SUB == 2:
+        scale2 = gl.load(a_scale + 64 * a_scale_row, mask=in_use > 64, other=0.0)
+    for step in range(steps):
+        # The next step's scales are on their way while this step's product runs: fetched in time, they would
+        # stall the warpgroup for a whole trip to L2 before it may issue.
+        ahead = gl.minimum(step + 1, steps - 1)
+        next_weight = gl.load(b_scale + ahead)
+        next_scale = gl.load(a_scale + ahead * a_scale_step, mask=in_use > 0, other=0.0)
+        next_scale2 = next_scale
+        if SUB == 2:
+            low = a_scale + 64 * a_scale_row + ahead * a_scale_step
+            next_scale2 = gl.load(low, mask=in_use > 64, other=0.0)
+        mbarrier.wait(full.index(stage), phase)
+        a = a_bufs.index(stage)
+        b = b_bufs.index(stage).permute((1, 0))
+        token = warpgroup_mma(a.slice(HALF, 64, dim=0), b, part, use_acc=False, is_async=True)
+        part = warpgroup_mma_wait(0, deps=[token])
+        if SUB == 2:
+            acc += part * (scale * weight)[:, None]
+            token = warpgroup_mma(a.slice(HALF + 64, 64, dim=0), b, part, use_acc=False, is_async=True)
+            part = warpgroup_mma_wait(0, deps=[token])
+            mbarrier.arrive(empty.index(stage), count=1)
+            acc2 += part * (scale2 * weight)[:, None]
+        else:
+            mbarrier.arrive(empty.index(stage), count=1)
+            acc += part * (scale * weight)[:, None]
+        stage, phase = _next(stage, phase, STAGES)
+        weight = next_weight
+        scale = next_scale
+        scale2 = next_scale2
+    return acc, acc2, part, stage, phase
+
+
+@gluon.jit
+def _plain_tile(
+    a_bufs,
+    b_bufs,
+    full,
+    empty,
+    stage,
+    phase,
+    steps,
+    HALF: gl.constexpr,
+    SUB: gl.constexpr,
+    BN: gl.constexpr,
+    STAGES: gl.constexpr,
+    mma: gl.constexpr,
+):
+    """One output tile with one product always in flight: a stage is handed back when the next one has begun."""
+    acc = gl.zeros([64, BN], gl.float32, mma)
+    acc2 = acc
+    before = stage
+    for step in range(steps):
+        mbarrier.wait(full.index(stage), phase)
+        a = a_bufs.index(stage)
+        b = b_bufs.index(stage).permute((1, 0))
+        token = warpgroup_mma(a.slice(HALF, 64, dim=0), b, acc, is_async=True)
+        if SUB == 2:
+            token2 = warpgroup_mma(a.slice(HALF + 64, 64, dim=0), b, acc2, is_async=True)
+            acc, acc2 = warpgroup_mma_wait(2, deps=[token, token2])
+        else:
+            acc = warpgroup_mma_wait(1, deps=[token])
+        mbarrier.arrive(empty.index(before), count=1, pred=step > 0)
+        before = stage
+        stage, phase = _next(stage, phase, STAGES)
+    if SUB == 2:
+        acc, acc2 = warpgroup_mma_wait(0, deps=[acc, acc2])
+    else:
+        acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(empty.index(before), count=1)
+    return acc, acc2, stage, phase
 
 
 @gluon.jit
@@ -169,6 +273,7 @@ def _consume(
     experts,
     slots,
     rows,
+    a_scale_expert,
     a_scale_row,
     a_scale_step,
     b_scale_rows,
@@ -176,7 +281,6 @@ def _consume(
     SUB: gl.constexpr,
     BM: gl.constexpr,
     BN: gl.constexpr,
-    BK: gl.constexpr,
     STAGES: gl.constexpr,
     BLOCK_ROWS: gl.constexpr,
     GROUP: gl.constexpr,
@@ -186,12 +290,13 @@ def _consume(
     EXPERTS: gl.constexpr,
 ):
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32 if SCALED else 16])
-    lane: gl.constexpr = gl.SliceLayout(1, mma)
     HALF: gl.constexpr = WARPGROUP * 64 * SUB  # this warpgroup's first row within the tile
     total = _total_tiles(tiles_m, tiles_n, group_ptr, experts, BM, MASKED, EXPERTS)
     stage = 0
     phase = 0
-    part = gl.zeros([64, BN], gl.float32, mma)
+    lane = gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
+    if SCALED:
+        part = gl.zeros([64, BN], gl.float32, mma)
     for tile in range(gl.program_id(0), total, gl.num_programs(0)):
         row, n, expert = _locate(
             tile,
@@ -208,48 +313,24 @@ def _consume(
             EXPERTS,
         )
         if expert >= 0:
-            acc = gl.zeros([64, BN], gl.float32, mma)
-            acc2 = acc
             first = row + HALF
             if SCALED:
-                at = first + gl.arange(0, 64, layout=lane)
-                a_scale = a_scale_ptr + at * a_scale_row
+                local = lane + first
+                a_scale = a_scale_ptr
+                limit = rows
+                if MASKED:
+                    local -= expert * slots
+                    a_scale += expert * a_scale_expert
+                    limit = slots
                 b_scale = b_scale_ptr + (expert * b_scale_rows + (n * BN) // 128) * steps
-            for step in range(steps):
-                if SCALED:
-                    weight = gl.load(b_scale + step)
-                    scale = gl.load(a_scale + step * a_scale_step, mask=at < rows, other=0.0) * weight
-                    if SUB == 2:
-                        low = a_scale + 64 * a_scale_row + step * a_scale_step
-                        scale2 = gl.load(low, mask=at + 64 < rows, other=0.0) * weight
-                mbarrier.wait(full.index(stage), phase)
-                a = a_bufs.index(stage)
-                b = b_bufs.index(stage).permute((1, 0))
-                if SCALED:
-                    token = warpgroup_mma(a.slice(HALF, 64, dim=0), b, part, use_acc=False, is_async=True)
-                    part = warpgroup_mma_wait(0, deps=[token])
-                    if SUB == 2:
-                        acc += part * scale[:, None]
-                        token = warpgroup_mma(
-                            a.slice(HALF + 64, 64, dim=0), b, part, use_acc=False, is_async=True
-                        )
-                        part = warpgroup_mma_wait(0, deps=[token])
-                    mbarrier.arrive(empty.index(stage), count=1)
-                    if SUB == 2:
-                        acc2 += part * scale2[:, None]
-                    else:
-                        acc += part * scale[:, None]
-                else:
-                    token = warpgroup_mma(a.slice(HALF, 64, dim=0), b, acc, is_async=True)
-                    if SUB == 2:
-                        token2 = warpgroup_mma(a.slice(HALF + 64, 64, dim=0), b, acc2, is_async=True)
-                        acc, acc2 = warpgroup_mma_wait(0, deps=[token, token2])
-                    else:
-                        acc = warpgroup_mma_wait(0, deps=[token])
-                    mbarrier.arrive(empty.index(stage), count=1)
-                stage += 1
-                phase = gl.where(stage == STAGES, phase ^ 1, phase)
-                stage = gl.where(stage == STAGES, 0, stage)
+                acc, acc2, part, stage, phase = _scaled_tile(
+                    a_scale + local * a_scale_row, b_scale, limit - local, a_scale_row, a_scale_step,
+                    a_bufs, b_bufs, full, empty, stage, phase, steps, part, HALF, SUB, BN, STAGES, mma,
+                )  # fmt: skip
+            else:
+                acc, acc2, stage, phase = _plain_tile(
+                    a_bufs, b_bufs, full, empty, stage, phase, steps, HALF, SUB, BN, STAGES, mma
+                )
             _write(c_desc, c_buf, acc, first, n * BN)
             if SUB == 2:
                 _write(c_desc, c_buf, acc2, first + 64, n * BN)
@@ -271,6 +352,7 @@ def _gemm_kernel(
     slots,
     rows,
     expert_rows,
+    a_scale_expert,
     a_scale_row,
     a_scale_step,
     b_scale_rows,
@@ -301,13 +383,13 @@ def _gemm_kernel(
         [
             (_consume, (
                 c_desc, a_scale_ptr, b_scale_ptr, group_ptr, a_bufs, b_bufs, c_bufs.index(0), full, empty,
-                tiles_m, tiles_n, steps, experts, slots, rows, a_scale_row, a_scale_step, b_scale_rows,
-                gl.constexpr(0), SUB, BM, BN, BK, STAGES, BLOCK_ROWS, GROUP, SCALED, MASKED, CONTIGUOUS, EXPERTS,
+                tiles_m, tiles_n, steps, experts, slots, rows, a_scale_expert, a_scale_row, a_scale_step,
+                b_scale_rows, gl.constexpr(0), SUB, BM, BN, STAGES, BLOCK_ROWS, GROUP, SCALED, MASKED, CONTIGUOUS, EXPERTS,
             )),
             (_consume, (
                 c_desc, a_scale_ptr, b_scale_ptr, group_ptr, a_bufs, b_bufs, c_bufs.index(1), full, empty,
-                tiles_m, tiles_n, steps, experts, slots, rows, a_scale_row, a_scale_step, b_scale_rows,
-                gl.constexpr(1), SUB, BM, BN, BK, STAGES, BLOCK_ROWS, GROUP, SCALED, MASKED, CONTIGUOUS, EXPERTS,
+                tiles_m, tiles_n, steps, experts, slots, rows, a_scale_expert, a_scale_row, a_scale_step,
+                b_scale_rows, gl.constexpr(1), SUB, BM, BN, STAGES, BLOCK_ROWS, GROUP, SCALED, MASKED, CONTIGUOUS, EXPERTS,
             )),
             (_produce, (
                 a_desc, b_desc, group_ptr, a_bufs, b_bufs, full, empty, tiles_m, tiles_n, steps, experts, slots,
@@ -347,7 +429,7 @@ def launch(
 ) -> None:
     """out (rows, n) = a (rows, k) @ b[expert] (n, k).T with the arguments already checked.
 
-    b is (experts * n, k) dense rows. Scaled (FP8) products take a_scales (rows, k / 128) in any strides and
+    b is (experts * n, k) dense rows. Scaled (FP8) products take a_scales (rows, k / 128), or (experts, slots, k / 128) when masked, in any strides and
     b_scales (experts, n / 128, k / 128) contiguous. `groups`: expert of each `block_rows` rows (contiguous,
     -1 for none), or rows in use of each expert's `slots` rows (masked). `tile`: SUB, BN, STAGES, GROUP.
     """
@@ -374,7 +456,8 @@ def launch(
         rows,
         n,
         a_scales.stride(0) if a_scales is not None else 0,
-        a_scales.stride(1) if a_scales is not None else 0,
+        a_scales.stride(-2) if a_scales is not None else 0,
+        a_scales.stride(-1) if a_scales is not None else 0,
         -(-n // 128),
         SUB=tile["SUB"],
         BM=bm,

@@ -143,13 +143,11 @@ def _kernel(
             )
         if CACHE:
             slot = tl.load(slot_ptr + token).to(tl.int64)
-            column = tl.arange(0, LATENT)
-            latent = tl.load(latent_ptr + token * latent_token + column).to(tl.float32)
+            wide = tl.arange(0, LATENT)
+            latent = tl.load(latent_ptr + token * latent_token + wide).to(tl.float32)
             row = slot * cache_row
             kept = slot >= 0  # padding tokens carry slot -1
-            tl.store(
-                cache_ptr + row + column, _cast(latent, kv_factor, cache_ptr.dtype.element_ty), mask=kept
-            )
+            tl.store(cache_ptr + row + wide, _cast(latent, kv_factor, cache_ptr.dtype.element_ty), mask=kept)
             inside = (one[:, None] == 0) & kept
             _store_rotated(cache_ptr, row + LATENT + one, key_a, key_b, kv_factor, inside, HALF, INTERLEAVED)
 

@@ -1,7 +1,7 @@
 """SiLU(gate) * up, quantised to FP8 1x128: flat rows, or the rows of each expert that hold tokens.
 
-Bound by memory: 4 bytes in and 1.03 out per value. One program takes whole 128-value groups of one row;
-programs past an expert's count leave at once.
+Bound by memory: 4 bytes in and 1.03 out per value. One program takes some rows by some 128-value
+groups; programs past an expert's count leave at once.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -38,37 +38,42 @@ def _kernel(
     MASKED: tl.constexpr,
     POW2: tl.constexpr,
     BYTE: tl.constexpr,
+    ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    # The row is the fast axis of the grid: rows beyond an expert's count retire in runs.
-    chunk = tl.program_id(1)
-    expert = tl.program_id(2)
-    row = tl.program_id(0)
-    if MASKED and row >= tl.load(count_ptr + expert):
-        return
-    group = chunk * GROUPS + tl.arange(0, GROUPS)
-    column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
-    mask = (group < groups)[:, None]
-    source = y_ptr + expert.to(tl.int64) * y_expert + row.to(tl.int64) * y_row
-    gate = tl.load(source + column, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(source + hidden + column, mask=mask, other=0.0).to(tl.float32)
+    # Some rows by some groups: few programs find nothing to do, and an expert with one row still spreads.
+    first = tl.program_id(0) * ROWS
+    expert = tl.program_id(2).to(tl.int64)
+    count = slots
+    if MASKED:
+        count = tl.load(count_ptr + expert)
+        if first >= count:
+            return
+    unit = tl.arange(0, ROWS * GROUPS)
+    row = first + unit // GROUPS
+    group = tl.program_id(1) * GROUPS + unit % GROUPS
+    inside = (row < count) & (group < groups)
+    mask = inside[:, None]
+    column = (group * 128)[:, None] + tl.arange(0, 128)[None, :]
+    source = y_ptr + expert * y_expert + (row.to(tl.int64) * y_row)[:, None] + column
+    gate = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(source + hidden, mask=mask, other=0.0).to(tl.float32)
     value = gate / (1.0 + tl.exp(-gate)) * up
     scale = codes.fp8_scale(tl.max(tl.abs(value), axis=1), POW2)
     code = codes.e4m3(codes.divide(value, scale[:, None], tl.div_rn(1.0, scale)[:, None]))
-    out_row = expert.to(tl.int64) * slots + row
-    tl.store(codes_ptr + out_row * hidden + column, code, mask=mask)
-    at = scales_ptr + expert.to(tl.int64) * scale_expert + row.to(tl.int64) * scale_row + group * scale_group
+    tl.store(codes_ptr + ((expert * slots + row) * hidden)[:, None] + column, code, mask=mask)
+    at = scales_ptr + expert * scale_expert + row.to(tl.int64) * scale_row + group * scale_group
     if BYTE:
-        tl.store(at, (scale.to(tl.int32, bitcast=True) >> 23).to(tl.uint8), mask=group < groups)
+        tl.store(at, (scale.to(tl.int32, bitcast=True) >> 23).to(tl.uint8), mask=inside)
     else:
-        tl.store(at, scale, mask=group < groups)
+        tl.store(at, scale, mask=inside)
 
 
 def _launch(y: Tensor, count: Tensor | None, values: Tensor, scales: Tensor, fmt: Fp8Block) -> None:
     experts, slots, doubled = y.shape
     hidden = doubled // 2
-    tuned = config("silu_mul_quant", y.device, groups=hidden // 128)
-    grid = (slots, triton.cdiv(hidden // 128, tuned["GROUPS"]), experts)
+    tuned = config("silu_mul_quant", y.device)
+    grid = (triton.cdiv(slots, tuned["ROWS"]), triton.cdiv(hidden // 128, tuned["GROUPS"]), experts)
     _kernel[grid](
         y,
         count if count is not None else y,

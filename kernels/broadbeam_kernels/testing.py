@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU we know: each timed call starts cold
+CYCLES_PER_S = 2e9  # no GPU we know clocks higher: a hold in cycles lasts at least as long as meant
 
 
 def relative_difference(got: Tensor, want: Tensor) -> float:
@@ -16,8 +18,8 @@ def relative_difference(got: Tensor, want: Tensor) -> float:
     got, want = got.double(), want.double()
     if not bool(torch.isfinite(got).all()):
         return float("inf")
-    norm = want.norm().item()
-    difference = (got - want).norm().item()
+    norm = float(want.norm().item())
+    difference = float((got - want).norm().item())
     return difference / norm if norm else difference
 
 
@@ -56,9 +58,10 @@ class Timer:
         self.budget_ms = budget_ms
         self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
 
-    def _once(self, fn: Callable[[], object]) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    def _once(self, fn: Callable[[], object], hold: int) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._flush.zero_()
+        torch.cuda._sleep(hold)  # the device waits here until the host has queued the call
         start.record()
         fn()
         end.record()
@@ -68,10 +71,15 @@ class Timer:
         """Milliseconds; the call is warmed up (compiled) first. At least 7 and at most 100 repeats."""
         fn()
         torch.cuda.synchronize()
-        trial = [self._once(fn) for _ in range(3)]
+        began = time.perf_counter()
+        fn()
+        host_s = time.perf_counter() - began
+        torch.cuda.synchronize()
+        hold = int(min(2e6, 2 * host_s * CYCLES_PER_S))
+        trial = [self._once(fn, hold) for _ in range(3)]
         torch.cuda.synchronize()
         estimate = statistics.median(a.elapsed_time(b) for a, b in trial)
-        repeats = int(min(100, max(7, self.budget_ms / (estimate + 0.1))))
-        pairs = [self._once(fn) for _ in range(repeats)]
+        repeats = int(min(100, max(7, self.budget_ms / (estimate + 0.1 + host_s * 2e3))))
+        pairs = [self._once(fn, hold) for _ in range(repeats)]
         torch.cuda.synchronize()
-        return statistics.median(a.elapsed_time(b) for a, b in pairs)
+        return float(statistics.median(a.elapsed_time(b) for a, b in pairs))

@@ -65,10 +65,12 @@ def decoded(q: Quantized, dtype: torch.dtype) -> Tensor:
             return oracle.dequantize_fp8_block(q, dtype)
 
 
+def raw(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(
-        a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
-    )
+    return a.shape == b.shape and torch.equal(raw(a), raw(b))
 
 
 def assert_same(got: Quantized, expected: Quantized) -> None:

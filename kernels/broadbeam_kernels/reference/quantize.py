@@ -86,7 +86,8 @@ def quantize_nvfp4(x: Tensor, fmt: Nvfp4 = NVFP4, global_scale: Tensor | None = 
     rows, columns = x.shape
     if global_scale is None:
         amax = x.abs().max().float() if x.numel() else torch.zeros((), device=x.device)
-        global_scale = torch.where(amax > 0, NVFP4_RANGE / amax, torch.ones_like(amax))
+        # (a scalar over a tensor would multiply by a rounded reciprocal)
+        global_scale = torch.where(amax > 0, torch.full_like(amax, NVFP4_RANGE) / amax, torch.ones_like(amax))
     g = global_scale.float().reshape(1)
     blocks = _blocks(x, fmt.block)
     scale = g * (blocks.abs().amax(-1) * (1 / 6) if x.numel() else blocks.sum(-1))
