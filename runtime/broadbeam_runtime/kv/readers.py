@@ -192,7 +192,7 @@ class Readers:
             return
         peer.welcome = welcome
         for pull in list(peer.pulls.values()):
-            if pull.local is not None:
+            if pull.local is not None and pull.request_id in peer.pulls:
                 self._begin(peer, pull, now)
 
     def _begin(self, peer: _Peer, pull: _Pull, now: float) -> None:
@@ -200,31 +200,27 @@ class Readers:
         assert pull.local is not None
         target = pull.target
         if peer.welcome.engine_id != target.engine_id:
-            self._other_engine(peer, pull)
+            found = peer.welcome.engine_id
+            self._begin_anew(peer, pull, f"restarted: engine {target.engine_id} is now {found}")
             return
-        if (
-            any(not 0 <= block < peer.welcome.blocks for block in target.remote_blocks)
-            and peer.welcome.blocks
-        ):
-            self._end(peer, pull, f"a remote block is outside 0..{peer.welcome.blocks - 1}")
+        blocks = peer.welcome.blocks
+        if blocks and not all(0 <= block < blocks for block in target.remote_blocks):
+            self._end(peer, pull, f"a remote block is outside 0..{blocks - 1}")
             return
         self._beat(peer, now, force=True)
         try:
             pull.read = self._transport.begin(peer.handle, target.ticket, target.remote_blocks, pull.local)
         except TransferError as error:
-            self._end(peer, pull, str(error))
+            self._begin_anew(peer, pull, f"cannot be read: {error}")
 
-    def _other_engine(self, peer: _Peer, pull: _Pull) -> None:
-        """Another rank than the one that holds the blocks: ask again, unless that was just done."""
-        assert peer.welcome is not None
+    def _begin_anew(self, peer: _Peer, pull: _Pull, reason: str) -> None:
+        """What is known of this peer may be stale: shake hands again, unless that was just done."""
+        reason = f"the prefill rank at {_at(peer)} {reason}"
         if peer.since_s >= pull.started_s:
-            wanted, found = pull.target.engine_id, peer.welcome.engine_id
-            self._end(
-                peer, pull, f"the prefill rank at {_at(peer)} restarted: engine {wanted} is now {found}"
-            )
+            self._end(peer, pull, reason)
             return
         del peer.pulls[pull.request_id]
-        self._drop(peer, f"the prefill rank at {_at(peer)} restarted")
+        self._drop(peer, reason)
         self._peer(peer.address).pulls[pull.request_id] = pull
 
     def _watch(self, peer: _Peer, pull: _Pull, now: float) -> None:
