@@ -12,28 +12,36 @@ from broadbeam_operator.cluster import (
     CONFIG_MAP,
     DEPLOYMENT,
     POD,
+    ROLE,
+    ROLE_BINDING,
     SERVICE_ACCOUNT,
     STATEFUL_SET,
     Cluster,
+    Kind,
     Object,
     kind_of,
 )
 from broadbeam_operator.plan import Plan
 
-WORKLOADS = (STATEFUL_SET, DEPLOYMENT)
-NEEDED = (SERVICE_ACCOUNT, CONFIG_MAP)  # by pods, before they can be made
+# Each from left to right: pods need their configs and accounts, and who may not bind every role must show
+# the API server the one that is bound.
+CHAINS = (
+    ((SERVICE_ACCOUNT, CONFIG_MAP), (STATEFUL_SET, DEPLOYMENT)),
+    ((ROLE,), (ROLE_BINDING,)),
+)
+CHAINED = {kind for chain in CHAINS for kinds in chain for kind in kinds}
 
 
 async def apply(cluster: Cluster, plan: Plan, now: datetime) -> None:
-    """Everything at once, save that pods' configs and accounts are there before the pods are asked for.
+    """Everything at once, save what must be there before something else (`CHAINS`).
 
     Raises ClusterError of the first write that failed, after the others that do not hang on it are done;
     the next pass sees what is left.
     """
-    rest = [obj for obj in plan.apply if kind_of(obj) not in (*WORKLOADS, *NEEDED)]
+    rest = [obj for obj in plan.apply if kind_of(obj) not in CHAINED]
     await _all(
         [
-            _workloads(cluster, plan),
+            *(_in_order(cluster, plan, chain) for chain in CHAINS),
             *(cluster.apply(obj) for obj in rest),
             *(_delete(cluster, obj) for obj in (*plan.prune, *plan.replace)),
             *(_set_gate(cluster, pod, open_, now) for pod, open_ in plan.gates),
@@ -41,8 +49,8 @@ async def apply(cluster: Cluster, plan: Plan, now: datetime) -> None:
     )
 
 
-async def _workloads(cluster: Cluster, plan: Plan) -> None:
-    for kinds in (NEEDED, WORKLOADS):
+async def _in_order(cluster: Cluster, plan: Plan, chain: Sequence[Sequence[Kind]]) -> None:
+    for kinds in chain:
         await _all([cluster.apply(obj) for obj in plan.apply if kind_of(obj) in kinds])
 
 
