@@ -181,7 +181,7 @@ def requests_of(sim: Serving, pod: str) -> list[Object]:
         for event in events
         if event["user"]["username"] == ACCOUNT
         and event["user"]["extra"][key] == [pod]
-        and event["objectRef"].get("namespace") == NAMESPACE
+        and event.get("objectRef", {}).get("namespace") == NAMESPACE
     ]
 
 
