@@ -138,6 +138,12 @@ def _run(told: Invocation, body: Callable[[Session, Interrupt], Awaitable[int]])
     except (PortInUseError, AddressError) as error:
         _complain(str(error))
         sys.exit(EXIT_FAILED)
+    except BrokenPipeError:  # whoever read our lines has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_FAILED)
+    except OSError as error:  # a cache that cannot be written, a full disk
+        _complain(f"{error.filename or told.settings.cache}: {error.strerror}")
+        sys.exit(EXIT_FAILED)
 
 
 class _FailedError(Exception):

@@ -142,6 +142,11 @@ class Container:
         return max(written, key=lambda path: int(path.stem), default=self.log)
 
     @property
+    def id(self) -> str:
+        """Of the running process; "" between runs."""
+        return self._child.mark if self._child else ""
+
+    @property
     def pid(self) -> int | None:
         """Of the running process; None between runs."""
         return self._child.pid if self._child else None

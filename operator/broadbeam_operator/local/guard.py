@@ -1,8 +1,9 @@
 """Runs beside a node: when the node dies, however it dies, every process it left is killed.
 
-PR_SET_PDEATHSIG ends a container's first process with its parent, not that process's own children. So the
-node tells this process which sessions it has started ("+SID", "-SID" lines on standard input), and at end
-of file, which even `kill -9` of the node brings, all processes of those sessions get SIGKILL.
+PR_SET_PDEATHSIG ends a container's first process with its parent, not that process's own children, and they
+may be in sessions of their own. So every run of a container carries a mark in its environment, which its
+children inherit, and the node tells this process the marks in use ("+MARK", "-MARK" lines on standard
+input). At end of file, which even `kill -9` of the node brings, all marked processes get SIGKILL.
 
 Standard library only, and nothing of ours: it starts in 20 ms and stays at 10 MB.
 """
@@ -13,39 +14,40 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Container
+from collections.abc import Collection
 from pathlib import Path
 
+MARK = "BROADBEAM_CONTAINER_ID"  # environment variable; its value names one run of one container
 
-def session_members(sessions: Container[int]) -> list[int]:
-    """Process ids whose session is one of `sessions` (field 6 of /proc/PID/stat)."""
+
+def marked(marks: Collection[str]) -> list[int]:
+    """Ids of the processes, this one excepted, that carry one of `marks`; only our own can be read."""
+    wanted = {f"{MARK}={mark}".encode() for mark in marks}
     found = []
     for entry in os.listdir("/proc"):
-        if not entry.isdigit():
-            continue
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            # The command name may hold spaces and brackets; what follows its last bracket does not.
-            fields = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()
-            if int(fields[3]) in sessions:
-                found.append(int(entry))
+        if entry.isdigit() and int(entry) != os.getpid():
+            with contextlib.suppress(OSError):  # ended meanwhile, or somebody else's
+                if not wanted.isdisjoint(Path("/proc", entry, "environ").read_bytes().split(b"\0")):
+                    found.append(int(entry))
     return found
 
 
-def kill_sessions(sessions: Container[int], signum: int = signal.SIGKILL) -> None:
-    for pid in session_members(sessions):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signum)
+def kill_marked(marks: Collection[str]) -> None:
+    """SIGKILL to every process that carries one of `marks`, until none is left to start another."""
+    while pids := marked(marks):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def main() -> None:
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
-    sessions: set[int] = set()
+    marks: set[str] = set()
     for line in sys.stdin:
-        (sessions.add if line[0] == "+" else sessions.discard)(int(line[1:]))
-    if sessions:
-        kill_sessions(sessions)
-        kill_sessions(sessions)  # again: one may have forked while the first pass read /proc
+        (marks.add if line[0] == "+" else marks.discard)(line[1:].strip())
+    if marks:
+        kill_marked(marks)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ def container_status(container: Container, init: bool) -> dict[str, Any]:
         "name": container.name,
         "image": str(container.spec.get("image", "")),
         "imageID": "",
+        "containerID": f"process://{container.id}" if container.id else "",
         "ready": container.ready or done,
         "started": container.started,
         "restartCount": container.restarts,

@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
+from uuid import uuid4
 
-from broadbeam_operator.local.guard import kill_sessions
+from broadbeam_operator.local.guard import MARK, kill_marked
 
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -30,11 +31,11 @@ class Guard:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
-    def add(self, session: int) -> None:
-        self._tell(f"+{session}\n")
+    def add(self, mark: str) -> None:
+        self._tell(f"+{mark}\n")
 
-    def remove(self, session: int) -> None:
-        self._tell(f"-{session}\n")
+    def remove(self, mark: str) -> None:
+        self._tell(f"-{mark}\n")
 
     def close(self) -> None:
         """End the guard; whatever is still registered is killed."""
@@ -56,9 +57,10 @@ class Guard:
 
 @dataclass(slots=True)
 class Child:
-    """A running process, first of its own session."""
+    """A running process, first of its own session; `mark` is in its environment and its children's."""
 
     process: asyncio.subprocess.Process
+    mark: str
     guard: Guard
     _reaped: bool = field(default=False)
 
@@ -67,13 +69,13 @@ class Child:
         return self.process.pid
 
     async def wait(self) -> int:
-        """The exit code, 128 + n for signal n, once the process has ended and its session is empty."""
+        """The exit code, 128 + n for signal n, once the process has ended and its children were killed."""
         code = await self.process.wait()
         if not self._reaped:
             self._reaped = True
-            # A container's end is the end of all its processes; here its session stands for it.
-            kill_sessions({self.pid})
-            self.guard.remove(self.pid)
+            # A container's end is the end of all its processes.
+            kill_marked({self.mark})
+            self.guard.remove(self.mark)
         return code if code >= 0 else 128 - code
 
     def signal(self, signum: int) -> None:
@@ -83,12 +85,12 @@ class Child:
                 self.process.send_signal(signum)
 
     async def terminate(self, grace_s: float) -> int:
-        """SIGTERM, then SIGKILL to the whole session after `grace_s`; the exit code."""
+        """SIGTERM, then SIGKILL to it and all its children after `grace_s`; the exit code."""
         self.signal(signal.SIGTERM)
         try:
             return await asyncio.wait_for(asyncio.shield(self.wait()), grace_s)
         except TimeoutError:
-            kill_sessions({self.pid})
+            kill_marked({self.mark})
             return await self.wait()
 
 
@@ -105,10 +107,12 @@ async def start(
     command: Sequence[str], environment: Mapping[str, str], cwd: Path, log: IO[bytes], guard: Guard
 ) -> Child:
     """Start `command` in a session of its own, both outputs to `log`; StartError when it cannot be."""
+    mark = uuid4().hex
+    guard.add(mark)
     try:
         process = await asyncio.create_subprocess_exec(
             *command,
-            env=dict(environment),
+            env={**environment, MARK: mark},
             cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -117,7 +121,6 @@ async def start(
             preexec_fn=_dying_with(os.getpid()),
         )
     except OSError as error:
+        guard.remove(mark)
         raise StartError(f"{command[0]}: {error.strerror}") from error
-    child = Child(process, guard)
-    guard.add(child.pid)
-    return child
+    return Child(process, mark, guard)

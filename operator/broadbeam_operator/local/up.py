@@ -52,7 +52,7 @@ class Interrupt:
 
 @contextmanager
 def interrupts() -> Iterator[Interrupt]:
-    """Signals become events for the length of the body."""
+    """Signals become events for the length of the body, after which the process is about to end."""
     loop, interrupt = asyncio.get_running_loop(), Interrupt()
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(signum, interrupt.on_signal, signum)
@@ -61,6 +61,7 @@ def interrupts() -> Iterator[Interrupt]:
     finally:
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.remove_signal_handler(signum)
+            signal.signal(signum, signal.SIG_IGN)  # all is stopped; one more Ctrl-C changes nothing
 
 
 @dataclass(slots=True)

@@ -426,13 +426,13 @@ async def test_a_changed_secret_reaches_the_volume(world: World) -> None:
     assert {path.name: path.read_text() for path in folder.iterdir()} == {"b": "3"}
 
 
-# Ignores SIGTERM, and so does its child; both print their process id.
+# Ignores SIGTERM, and so does its child in a session of its own; both print their process id.
 STUBBORN_PARENT = """
     import os, signal, subprocess, sys, time
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     print(os.getpid(), flush=True)
     if len(sys.argv) == 1:
-        subprocess.Popen([sys.executable, __file__, "child"])
+        subprocess.Popen([sys.executable, __file__, "child"], start_new_session=True)
     time.sleep(100)
     """
 

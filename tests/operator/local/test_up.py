@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import re
 import signal
 import socket
@@ -278,6 +280,39 @@ async def test_what_cannot_run_here_is_one_line(
     command = await desk.start("up", path)
     assert await command.end() == code
     assert command.lines == [f"broadbeam: {path}: {message}"]
+
+
+async def test_a_cache_that_cannot_be_written_is_one_line(desk: Desk) -> None:
+    desk.cache.touch()
+    command = await desk.start("up", desk.manifest())
+    assert await command.end() == 1
+    assert command.lines == [f"broadbeam: {desk.cache}/run/addresses: Not a directory"]
+
+
+async def test_on_a_terminal_a_table_shows_every_rank(desk: Desk) -> None:
+    ours, theirs = os.openpty()
+    words = [BROADBEAM, "up", str(desk.manifest()), "--cache", str(desk.cache), "--port", str(desk.port)]
+    terminal = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "150", "LINES": "40"}
+    process = await asyncio.create_subprocess_exec(
+        *words, stdin=theirs, stdout=theirs, stderr=theirs, env=terminal
+    )
+    os.close(theirs)
+    os.set_blocking(ours, False)
+    shown, told = b"", False
+    async with asyncio.timeout(60):
+        while process.returncode is None:
+            await asyncio.sleep(0.05)
+            with contextlib.suppress(BlockingIOError, OSError):
+                shown += os.read(ours, 2**16)
+            if b"Ctrl-C stops it" in shown and not told:
+                process.send_signal(signal.SIGINT)
+                told = True
+    os.close(ours)
+    assert process.returncode == 0
+    text = re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b"", shown).decode()
+    assert re.search(r"POOL +GROUP +POD +RANK +ADDRESS +PHASE +RESTARTS", text)
+    assert re.search(r"decode +0 +demo-decode-0-0 +0 +127\.77\.\d+\.\d+ +ready +0", text)
+    assert b"\x1b[?25h" in shown  # the cursor is back
 
 
 async def test_api_keys_come_from_a_folder(desk: Desk) -> None:
