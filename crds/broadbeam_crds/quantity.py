@@ -7,6 +7,7 @@ what Python refuses.
 
 from __future__ import annotations
 
+import math
 import re
 from decimal import Decimal
 from fractions import Fraction
@@ -105,7 +106,7 @@ class Quantity(_Amount):
     @property
     def bytes(self) -> int:
         """Whole bytes, rounded up as Kubernetes does."""
-        return int(-(-self.amount // 1))
+        return math.ceil(self.amount)
 
 
 class Duration(_Amount):

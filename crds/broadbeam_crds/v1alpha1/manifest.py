@@ -25,7 +25,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
-        for key, _ in node.value:
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
                 line = key.start_mark.line + 1
                 raise ManifestError(f'line {line}: the key "{key.value}" is given twice')
@@ -61,8 +61,10 @@ def parse_manifest(text: str, where: str) -> ServingCluster:
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
         raise ManifestError(f"{where}:{line} not YAML: {error.problem or error.context}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of thousands of digits
         raise ManifestError(f"{where}: not YAML: {_one_line(str(error))}") from error
+    except RecursionError:
+        raise ManifestError(f"{where}: nested too deeply to be a manifest") from None
     if len(documents) != 1:
         raise ManifestError(f"{where}: {len(documents)} documents; the limit is one {KIND}")
     return cluster_from(documents[0], where)
