@@ -173,7 +173,9 @@ def test_a_peer_that_restarted_is_a_new_engine(start: Start) -> None:
     again = start(host=prefill.host)
     again("fill", seed=4)
     decode("pull", id="y", params=stale, blocks=[1])
-    assert "restarted" in decode("pulled", within_s=30)[0]["error"]
+    # Which is seen first, the closed connection or the new engine, is a matter of milliseconds.
+    error = decode("pulled", within_s=30)[0]["error"]
+    assert "restarted" in error or "went away" in error
     decode("pull", id="z", params=again("hold", id="b", blocks=[5]), blocks=[2])
     assert decode("pulled", within_s=30)[0]["error"] is None
     assert decode("bytes", blocks=[2]) == again("bytes", blocks=[5])
