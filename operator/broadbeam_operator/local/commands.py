@@ -82,7 +82,8 @@ def run_up(
     title = f"{meta.name} ({told.cluster.spec.model.name})"
 
     async def body(session: Session, interrupt: Interrupt) -> int:
-        view: View = LiveView(console, clock, title) if console.is_terminal else LineView(console, clock)
+        live = console.is_terminal
+        view: View = LiveView(console, clock, title, session.url) if live else LineView(console, clock)
         view.say(f"starting {title}; logs in {session.folder}")
         try:
             return await up(session, view, interrupt, told.timeout_s, told.key)

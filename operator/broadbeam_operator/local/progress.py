@@ -152,7 +152,11 @@ def pod_progress(pod: Object, state: Object | None) -> PodProgress:
     status = pod.get("status") or {}
     containers = status.get("containerStatuses") or ()
     ready, said = is_ready(pod), state or {}
-    stage = "stopping" if "deletionTimestamp" in pod["metadata"] else str(said.get("stage") or "starting")
+    stage = str(said.get("stage") or "starting")
+    if "deletionTimestamp" in pod["metadata"]:
+        stage = "stopping"
+    elif _label(pod, LABEL_COMPONENT) == "gateway" and any("running" in c["state"] for c in containers):
+        stage = "waiting for engines"
     return PodProgress(
         name=str(pod["metadata"]["name"]),
         component=_label(pod, LABEL_COMPONENT),

@@ -16,7 +16,8 @@ from broadbeam_operator.local.progress import Progress
 from broadbeam_operator.local.session import Session
 from broadbeam_operator.local.view import View
 
-POLL_S = 0.25
+POLL_S = 0.25  # while it starts
+STEADY_POLL_S = 1.0  # once it is available: 1 % of a core for two pods
 STOP_GRACE_S = 10.0  # running requests may finish; a second Ctrl-C does not wait
 GIVE_UP_RESTARTS = 3  # of one pod, before the cluster was ever Available
 EXIT_OK = 0
@@ -102,7 +103,7 @@ class Watch:
             if now.available != available:
                 available = now.available
                 self.view.say("available again" if available else f"not available: {now.state}")
-            await pause(interrupt, POLL_S)
+            await pause(interrupt, STEADY_POLL_S if available else POLL_S)
 
     def _give_up_on(self, now: Progress, timed_out_s: float | None) -> None:
         if now.refused:

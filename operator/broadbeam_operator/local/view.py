@@ -66,9 +66,10 @@ class LineView:
 class LiveView:
     """A table that is drawn again and again below what was said."""
 
-    def __init__(self, console: Console, clock: Clock, title: str) -> None:
+    def __init__(self, console: Console, clock: Clock, title: str, url: str) -> None:
         self._clock = clock
         self._title = title
+        self._url = url
         self._before: Progress | None = None
         self._rate = 0.0
         self._live = Live(console=console, refresh_per_second=4, transient=False)
@@ -91,7 +92,10 @@ class LiveView:
 
     def _render(self, now: Progress) -> RenderableType:
         head = Text.assemble(
-            (self._title, "bold"), "  ", (now.state or "Starting", _state_style(now)), f"  {self._clock}"
+            (self._title, "bold"),
+            f"  {self._url}  ",
+            (now.state or "Starting", _state_style(now)),
+            f"  {self._clock}",
         )
         return Group(head, table(now), Text(traffic(now.throughput, self._rate), style="dim"))
 

@@ -56,6 +56,12 @@ UNCONFIGURED: Object = {"waiting": {"reason": "CreateContainerConfigError", "mes
     [
         pytest.param(engine_pod(RUNNING), None, "starting", id="nothing answers yet"),
         pytest.param(
+            {**engine_pod(RUNNING), "metadata": {"name": "p", "labels": {LABEL_COMPONENT: "gateway"}}},
+            None,
+            "waiting for engines",
+            id="a gateway without engines",
+        ),
+        pytest.param(
             engine_pod(RUNNING), {"stage": "downloading", "done": 0.49}, "downloading 25%", id="a share"
         ),
         pytest.param(

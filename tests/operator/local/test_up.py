@@ -41,11 +41,12 @@ class Command:
         return "\n".join(self.lines)
 
     async def until(self, pattern: str) -> re.Match[str]:
-        async with asyncio.timeout(60):
-            while not (found := re.search(pattern, self.text)):
-                assert self.process.returncode is None, self.text
-                await asyncio.sleep(0.02)
-        return found
+        for _ in range(3000):
+            if found := re.search(pattern, self.text):
+                return found
+            assert self.process.returncode is None, self.text
+            await asyncio.sleep(0.02)
+        raise AssertionError(f"{pattern!r} did not come: {self.text}")
 
     async def end(self) -> int:
         async with asyncio.timeout(60):
@@ -105,13 +106,20 @@ class Desk:
         self.commands.append(command)
         return command
 
+    def pid_of(self, pattern: str) -> int:
+        (pid,) = [pid for pid, line in self.processes() if re.search(pattern, line)]
+        return pid
+
     def left(self) -> list[str]:
         """Command lines of processes that were started for pods and are still there."""
+        return [line for _, line in self.processes()]
+
+    def processes(self) -> list[tuple[int, str]]:
         found = []
         for folder in Path("/proc").iterdir():
             try:
                 if folder.name.isdigit() and str(self.cache).encode() in (folder / "environ").read_bytes():
-                    found.append((folder / "cmdline").read_text().replace("\0", " "))
+                    found.append((int(folder.name), (folder / "cmdline").read_text().replace("\0", " ")))
             except OSError:
                 continue  # ended meanwhile
         return found
@@ -209,6 +217,16 @@ async def test_kill_9_of_up_leaves_no_process_and_the_next_up_cleans_the_folder(
     other = await desk.start("up", desk.manifest("other"))
     await other.until(r"starting other")
     assert not stale.exists()
+
+
+async def test_a_killed_rank_comes_back_with_its_group(desk: Desk) -> None:
+    command = await desk.start("up", desk.manifest())
+    await command.until(r"Ctrl-C stops it")
+    os.kill(desk.pid_of(r"broadbeam_runtime rank .*decode"), signal.SIGKILL)
+    await command.until(r"(?s)decode-0-0 was restarted; it said last:.*rank 0 was killed by SIGKILL")
+    await command.until(r"decode-0-0: ready \(restarts: 1\)")
+    command.process.send_signal(signal.SIGINT)
+    assert await command.end() == 0
 
 
 async def test_two_clusters_at_once_keep_apart(desk: Desk) -> None:
