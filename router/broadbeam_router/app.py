@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 
 import msgspec
 
 from broadbeam_crds.gateway_config import GatewayConfig
 from broadbeam_router import legs
 from broadbeam_router.auth import ApiKeys
-from broadbeam_router.call import Call, echoed_id, engine_lines, request_id
-from broadbeam_router.client import ClientConnection, Work
+from broadbeam_router.call import Call, echoed_id, id_line, trace_lines
+from broadbeam_router.client import ClientConnection
 from broadbeam_router.errors import (
     SHAPES,
     Draining,
@@ -39,8 +40,10 @@ class Gateway:
     """Serves the public port; `MetricsPage` serves the other one."""
 
     def __init__(self, config: GatewayConfig, fleet: Fleet, keys: ApiKeys | None, metrics: Metrics) -> None:
-        self._config = config
         self._keys = keys
+        self._disaggregated = config.disaggregated
+        self._max_in_flight = config.limits.max_in_flight
+        self._logs_calls = log.isEnabledFor(logging.DEBUG)
         self.fleet = fleet
         self.in_flight = 0
         self.draining = False
@@ -61,7 +64,7 @@ class Gateway:
             b"/v1/completions": ("completions", completion_fields),
         }
 
-    def handle(self, client: ClientConnection, request: Request) -> Work | None:
+    def handle(self, client: ClientConnection, request: Request) -> Call | None:
         started_s = time.perf_counter()
         inference = self._inference.get(request.path)
         try:
@@ -84,8 +87,8 @@ class Gateway:
         page = self._pages.get(request.path)
         if page is None:
             raise NotFound(f"no such route: {request.path[:128].decode('latin-1')}")
-        if request.method not in ("GET", "HEAD"):
-            raise MethodNotAllowed(f"{request.path.decode()} takes GET, not {request.method}")
+        if request.method not in (b"GET", b"HEAD"):
+            raise MethodNotAllowed(f"{request.path.decode()} takes GET, not {request.method.decode()}")
         page(client, request)
 
     def _list_models(self, client: ClientConnection, request: Request) -> None:
@@ -115,54 +118,50 @@ class Gateway:
         started_s: float,
         route: str,
         parse: Callable[[bytes], Fields],
-    ) -> Work:
-        if request.method != "POST":
-            raise MethodNotAllowed(f"{request.path.decode()} takes POST, not {request.method}")
+    ) -> Call:
+        if request.method != b"POST":
+            raise MethodNotAllowed(f"{request.path.decode()} takes POST, not {request.method.decode()}")
         if self._keys is not None:
             self._keys.check(request.headers.get(b"authorization"))
         if self.draining:
             raise Draining("the gateway is shutting down")
-        limit = self._config.limits.max_in_flight
-        if self.in_flight >= limit:
+        if self.in_flight >= self._max_in_flight:
+            limit = self._max_in_flight
             raise TooManyRequests(f"{limit} requests are in flight, which is this gateway's limit")
-        name = request_id(request)
+        line = id_line(request)
         fields = parse(request.body)
         if fields.model not in self._models:
             raise ModelNotFound(f"The model `{fields.model[:256]}` does not exist.", "model")
         if not self.fleet.decode:
             raise NoEndpoint("no decode engine is ready")
-        call = Call(
+        self.in_flight += 1
+        return Call(
+            desk=self,
             client=client,
             route=route,
             path=request.path,
             body=legs.stripped(request.body) if fields.steers else request.body,
-            request_id=name,
-            lines=engine_lines(request, name),
+            id_line=line,
+            trace_lines=trace_lines(request),
             started_s=started_s,
-            wants_prefill=self._config.disaggregated and bool(self.fleet.prefill) and fields.splits,
+            wants_prefill=self._disaggregated and bool(self.fleet.prefill) and fields.splits,
         )
-        self.in_flight += 1
-        return Work(self._answer(call), lambda gone: self._ended(call, gone))
 
-    async def _answer(self, call: Call) -> None:
-        try:
-            await self._forwarder.answer(call)
-        except RequestError as error:
-            call.status = SHAPES[type(error)].status
-            call.client.respond_error(error, b"X-Request-Id: %b\r\n" % call.request_id)
+    def carry(self, call: Call) -> Coroutine[object, None, None]:
+        return self._forwarder.answer(call)
 
-    def _ended(self, call: Call, gone: bool) -> None:
-        """Runs once for every admitted call, `gone` if its client left before the answer's end."""
+    def ended(self, call: Call, error: BaseException | None) -> None:
+        """Runs once for every admitted call, with what kept it from its answer."""
         self.in_flight -= 1
-        if gone:
-            call.status = CLIENT_GONE
+        if error is not None:
+            call.status = _status_of(error)
         elapsed_s = time.perf_counter() - call.started_s
         self.metrics.answered(call.route, call.status, elapsed_s)
         if call.first_byte_s is not None:
-            self.metrics.first_token(call.route, call.first_byte_s - call.started_s)
+            self.metrics.first_tokens[call.route].add(call.first_byte_s - call.started_s)
         if call.status < 400:
-            self.metrics.path(call.way)
-        if log.isEnabledFor(logging.DEBUG):
+            self.metrics.paths[call.way] += 1
+        if self._logs_calls:
             log.debug("%s", _log_line(call, elapsed_s))
 
 
@@ -174,14 +173,20 @@ class MetricsPage:
 
     def handle(self, client: ClientConnection, request: Request) -> None:
         match request.method, request.path:
-            case "GET", b"/metrics":
+            case b"GET", b"/metrics":
                 client.respond(200, self._gateway.metrics.render(), CONTENT_TYPE)
-            case "GET", b"/health":
+            case b"GET", b"/health":
                 self._gateway.health(client, request)
-            case "GET", b"/readyz":
+            case b"GET", b"/readyz":
                 self._gateway.ready(client, request)
             case _:
                 client.respond_error(NotFound("GET /metrics, /health or /readyz"))
+
+
+def _status_of(error: BaseException) -> int:
+    if isinstance(error, RequestError):
+        return SHAPES[type(error)].status
+    return CLIENT_GONE if isinstance(error, asyncio.CancelledError) else 500
 
 
 def _models_body(models: list[str]) -> bytes:
@@ -192,7 +197,7 @@ def _models_body(models: list[str]) -> bytes:
 
 def _log_line(call: Call, elapsed_s: float) -> str:
     line = {
-        "request": call.request_id.decode(),
+        "request": call.request_id,
         "route": call.route,
         "status": call.status,
         "way": call.way,

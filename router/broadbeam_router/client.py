@@ -24,6 +24,7 @@ from broadbeam_router.errors import (
     error_body,
 )
 from broadbeam_router.incoming import Request, RequestReader
+from broadbeam_router.running import Run
 
 LINGER_S = 2.0  # how long a refused client may go on sending before its connection is cut
 
@@ -35,13 +36,14 @@ class Source(Protocol):
     def resume(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """A coroutine that answers, and what runs exactly once after it, even if it never took a step; its
-    argument says whether the client left first."""
+class Work(Protocol):
+    """A request that takes time. `ended` runs exactly once after `answer`, however that ends, with what it
+    raised; `id_line` goes into an error's head."""
 
-    answer: Coroutine[None, None, None]
-    ended: Callable[[bool], None]
+    id_line: bytes
+
+    def answer(self) -> Coroutine[object, None, None]: ...
+    def ended(self, error: BaseException | None) -> None: ...
 
 
 class Handler(Protocol):
@@ -66,8 +68,8 @@ class Server:
 
 class ClientConnection(asyncio.Protocol):
     __slots__ = (
-        "_chunked", "_keep_alive", "_paused", "_queue", "_reader", "_refused", "_request", "_server",
-        "_source", "_stream_head", "_task", "_transport", "_unread", "deadline",
+        "_chunked", "_keep_alive", "_paused", "_queue", "_reader", "_refused", "_request", "_run", "_server",
+        "_source", "_stream_head", "_transport", "_unread", "_work", "deadline",
     )  # fmt: skip
 
     def __init__(self, server: Server) -> None:
@@ -75,7 +77,8 @@ class ClientConnection(asyncio.Protocol):
         self._reader = RequestReader(server.limits, self._take, self._expected)
         self._queue: deque[Request | RequestError] = deque()
         self._request: Request | None = None  # being served
-        self._task: asyncio.Task[None] | None = None
+        self._work: Work | None = None
+        self._run: Run | None = None
         self._source: Source | None = None
         self._stream_head: bytes | None = None  # of a started stream, until its first part is written
         self._chunked = True
@@ -100,8 +103,8 @@ class ClientConnection(asyncio.Protocol):
         self._server.deadlines.discard(self)
         self._refused = True
         self._queue.clear()
-        if self._task is not None:
-            self._task.cancel()
+        if self._run is not None:
+            self._run.cancel()
 
     def expire(self) -> None:
         """Too long silent: half a request gets 408, an idle or stalled connection is cut."""
@@ -154,21 +157,30 @@ class ClientConnection(asyncio.Protocol):
         self.deadline = NEVER
         work = self._server.handler.handle(self, request)
         if work is not None:
-            self._task = self._server.loop.create_task(work.answer)
-            self._task.add_done_callback(lambda task: self._served(task, work))
+            self._work = work
+            self._run = Run(work.answer(), self._served)
+            self._run.step()
 
-    def _served(self, task: asyncio.Task[None], work: Work) -> None:
-        work.ended(task.cancelled())
-        if task.cancelled():
+    def _served(self, error: BaseException | None) -> None:
+        """The work came to its end, in the same breath as its answer: the next cannot have begun."""
+        work = self._work
+        assert work is not None
+        self._work = None
+        work.ended(error)
+        if error is None:
+            return
+        if isinstance(error, RequestError):
+            self.respond_error(error, work.id_line)
+        elif isinstance(error, asyncio.CancelledError):
             self._transport.abort()
-        elif (error := task.exception()) is not None:
+        else:
             context = {"message": "a request failed inside the gateway", "exception": error}
             self._server.loop.call_exception_handler(context)
-            self.respond_error(InternalError("the gateway failed; its log says why"))
+            self.respond_error(InternalError("the gateway failed; its log says why"), work.id_line)
 
     def _finish(self) -> None:
         """The answer is written: take up what waits, or close."""
-        self._request = self._task = self._source = self._stream_head = None
+        self._request = self._run = self._source = self._stream_head = None
         if self._transport.is_closing():
             return
         if not self._keep_alive or self._server.draining:
@@ -213,11 +225,11 @@ class ClientConnection(asyncio.Protocol):
     ) -> None:
         """The whole answer to the request being served."""
         assert self._request is not None, "a request is answered once"
-        if self._request.method == "HEAD":
+        if self._request.method == b"HEAD":
             head = http1.response(status, content_type, body, headers, self._keep_alive)
-            self._transport.write(head[: len(head) - len(body)])
+            self._write(head[: len(head) - len(body)])
         else:
-            self._transport.write(http1.response(status, content_type, body, headers, self._keep_alive))
+            self._write(http1.response(status, content_type, body, headers, self._keep_alive))
         self._finish()
 
     def respond_error(self, error: RequestError, headers: bytes = b"") -> None:
@@ -257,12 +269,16 @@ class ClientConnection(asyncio.Protocol):
         if self._stream_head is not None:
             data = self._stream_head + data
             self._stream_head = None
-        self._transport.write(data)
+        self._write(data)
 
     def end_stream(self) -> None:
-        if self._chunked:
-            self._transport.write((self._stream_head or b"") + http1.LAST_CHUNK)
+        end = http1.LAST_CHUNK if self._chunked else b""
+        self._write((self._stream_head or b"") + end)
         self._finish()
+
+    def _write(self, data: bytes) -> None:
+        if not self._transport.is_closing():  # it may be, and connection_lost still to come
+            self._transport.write(data)
 
     def pause_writing(self) -> None:
         self._paused = True

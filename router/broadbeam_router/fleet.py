@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 from broadbeam_crds.gateway_config import Endpoint
@@ -30,8 +30,8 @@ class Member:
     """One endpoint and its moving state."""
 
     __slots__ = (
-        "decode_in_flight", "ejected_until", "endpoint", "family", "host_header", "pool", "prefill_in_flight",
-        "server_errors", "strikes",
+        "ejected_until", "endpoint", "family", "host_header", "in_flight", "name", "pool",
+        "prefill_in_flight", "server_errors", "strikes",
     )  # fmt: skip
 
     def __init__(self, endpoint: Endpoint, pool: Pool) -> None:
@@ -40,41 +40,16 @@ class Member:
         self.family = revision_family(endpoint.revision)
         host = f"[{endpoint.host}]" if ":" in endpoint.host else endpoint.host
         self.host_header = f"{host}:{endpoint.port}".encode()
+        self.name = endpoint.name
+        self.in_flight = 0  # of both legs; each leg that adds one takes it back in a `finally`
         self.prefill_in_flight = 0
-        self.decode_in_flight = 0
         self.ejected_until = 0.0
         self.strikes = 0  # ejections since the last success
         self.server_errors = 0  # 5xx answers in a row
 
     @property
-    def in_flight(self) -> int:
-        return self.prefill_in_flight + self.decode_in_flight
-
-    @property
-    def name(self) -> str:
-        return self.endpoint.name
-
-
-class Slot:
-    """One leg's place in its endpoint's count, given back exactly once."""
-
-    __slots__ = ("_leg", "_member")
-
-    def __init__(self, member: Member, leg: Leg) -> None:
-        self._member = member
-        self._leg = leg
-
-    def __enter__(self) -> None:
-        if self._leg == "prefill":
-            self._member.prefill_in_flight += 1
-        else:
-            self._member.decode_in_flight += 1
-
-    def __exit__(self, *_: object) -> None:
-        if self._leg == "prefill":
-            self._member.prefill_in_flight -= 1
-        else:
-            self._member.decode_in_flight -= 1
+    def decode_in_flight(self) -> int:
+        return self.in_flight - self.prefill_in_flight
 
 
 def revision_family(revision: str) -> str:
@@ -104,6 +79,8 @@ class Fleet:
         self._members: dict[Address, Member] = {}
         self.prefill: tuple[Member, ...] = ()
         self.decode: tuple[Member, ...] = ()
+        self._decode_families: set[str] = set()
+        self._last_ejection_ends = 0.0
 
     def update(self, endpoints: Iterable[Endpoint]) -> None:
         """Take over a new set; only ready endpoints get requests."""
@@ -122,6 +99,7 @@ class Fleet:
         ready = [m for address, m in self._members.items() if address in seen and m.endpoint.ready]
         self.prefill = tuple(m for m in ready if m.endpoint.role == "prefill")
         self.decode = tuple(m for m in ready if m.endpoint.role != "prefill")
+        self._decode_families = {m.family for m in self.decode}
         after = set(self._ready())
         if before != after:
             log.info("endpoints ready: %d prefill, %d decode", len(self.prefill), len(self.decode))
@@ -155,7 +133,7 @@ class Fleet:
         Where a decode endpoint of the same revision family is ready, that pairing is preferred."""
         now = self._loop.time()
         able = [m for m in self.prefill if m.ejected_until <= now and m not in tried]
-        families = {m.family for m in self.decode}
+        families = self._decode_families
         return self._pick("prefill", [m for m in able if m.family in families] or able)
 
     def pick_decode(self, tried: list[Member], family: str | None = None) -> Member | None:
@@ -163,12 +141,17 @@ class Fleet:
 
         When every one of them is left out for failing, they are tried all the same: an error from an
         engine that may be back tells more than a refusal."""
+        able: Sequence[Member] = self.decode
+        if tried:
+            able = [m for m in able if m not in tried]
         now = self._loop.time()
-        untried = [m for m in self.decode if m not in tried] if tried else self.decode
-        able = [m for m in untried if m.ejected_until <= now] or list(untried)
-        return self._pick("decode", [m for m in able if m.family == family] or able)
+        if now < self._last_ejection_ends:
+            able = [m for m in able if m.ejected_until <= now] or able
+        if family is not None:
+            able = [m for m in able if m.family == family] or able
+        return self._pick("decode", able)
 
-    def _pick(self, leg: Leg, candidates: list[Member]) -> Member | None:
+    def _pick(self, leg: Leg, candidates: Sequence[Member]) -> Member | None:
         if not candidates:
             return None
         turn = self._turns[leg]
@@ -178,8 +161,9 @@ class Fleet:
     # -- learning -------------------------------------------------------------------------------------
 
     def succeeded(self, member: Member) -> None:
-        member.strikes = member.server_errors = 0
-        member.ejected_until = 0.0
+        if member.strikes or member.server_errors:
+            member.strikes = member.server_errors = 0
+            member.ejected_until = 0.0
 
     def failed(self, member: Member, kind: Failure) -> None:
         """The endpoint could not be reached, broke off or stayed silent: leave it out for a while."""
@@ -198,6 +182,7 @@ class Fleet:
         pause_s = min(self._ejection_s * 2**member.strikes, MAX_EJECTION_S)
         member.strikes += 1
         member.ejected_until = now + pause_s
+        self._last_ejection_ends = max(self._last_ejection_ends, member.ejected_until)
         self._on_ejection(reason)
         log.warning("%s left out for %g s after: %s", member.name, pause_s, reason)
 

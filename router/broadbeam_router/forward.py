@@ -11,9 +11,9 @@ nothing of the answer:
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from dataclasses import dataclass, field
 
 import msgspec
 
@@ -22,19 +22,19 @@ from broadbeam_router import legs
 from broadbeam_router.call import Call
 from broadbeam_router.errors import EngineFailed, EngineTimeout, NoEndpoint, StreamBroken
 from broadbeam_router.events import EventRelay
-from broadbeam_router.fleet import Fleet, Leg, Member, Slot
+from broadbeam_router.fleet import Fleet, Leg, Member
 from broadbeam_router.metrics import Metrics
 from broadbeam_router.upstream import UpstreamConnection, UpstreamFailed
 
 log = logging.getLogger(__name__)
 
 BUSY = (408, 429)  # another endpoint may have room
+HEAD = b"POST %b HTTP/1.1\r\nHost: %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%b%b\r\n"
 MAX_PARAMS_USES = 2  # decode endpoints that get the same kv_transfer_params
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """An engine's whole answer that goes to the client as it is."""
+class Answer(msgspec.Struct, eq=False):
+    """An engine's whole answer."""
 
     status: int
     content_type: bytes
@@ -47,9 +47,8 @@ class Answer:
         return cls(connection.status, connection.content_type, body, connection.retry_after)
 
 
-@dataclass(slots=True)
-class Blocks:
-    """KV blocks that a prefill rank holds for this call."""
+class Blocks(msgspec.Struct, eq=False):
+    """KV blocks that a prefill rank holds for a call."""
 
     params: bytes
     family: str
@@ -61,13 +60,12 @@ class Blocks:
         return self.uses >= MAX_PARAMS_USES
 
 
-@dataclass(slots=True)
-class _Attempts:
+class Attempts(msgspec.Struct, eq=False):
     """What one leg has tried so far."""
 
     left: int
-    tried: list[Member] = field(default_factory=list)  # not to be picked again
-    names: list[str] = field(default_factory=list)
+    tried: list[Member] = []  # not to be picked again
+    names: list[str] = []
     error: UpstreamFailed | None = None
     answer: Answer | None = None  # the last one that another endpoint might not have given
 
@@ -95,7 +93,7 @@ class Forwarder:
     async def answer(self, call: Call) -> None:
         """Answer `call`'s client; raises RequestError when no engine could."""
         blocks: Blocks | None = None
-        attempts = _Attempts(1 + self._retries)
+        attempts = Attempts(1 + self._retries)
         while attempts.left > 0:
             if call.wants_prefill and blocks is None:
                 result = await self._prefill(call)
@@ -122,64 +120,68 @@ class Forwarder:
     async def _prefill(self, call: Call) -> Blocks | Answer | None:
         """Blocks, the engine's refusal, or None when the decode leg must do without."""
         body = legs.prefill_body(call.body)
-        attempts = _Attempts(1 + self._retries)
+        attempts = Attempts(1 + self._retries)
         while attempts.left > 0 and (member := self._fleet.pick_prefill(attempts.tried)) is not None:
-            with Slot(member, "prefill"):
-                answer = await self._exchange(call, member, "prefill", body, attempts)
+            answer = await self._prefill_on(call, member, body, attempts)
             if answer is None:
                 continue
             if answer.status != 200:
                 return answer
             params = _params(answer, member)
-            if params is not None:
-                call.way, call.prefill_name = "disaggregated", member.name
-                return Blocks(params, member.family)
-            break
+            if params is None:
+                break
+            call.way, call.prefill_name = "disaggregated", member.name
+            return Blocks(params, member.family)
         if attempts.answer is not None and attempts.answer.status in BUSY:
             return attempts.answer
-        self._metrics.leg("prefill", "fallback")
-        log.warning("request %s: no prefill, the decode engine computes the prompt", call.request_id.decode())
+        self._metrics.legs["prefill", "fallback"] += 1
+        log.warning("request %s: no prefill, the decode engine computes the prompt", call.request_id)
         call.way, call.prefill_name, call.wants_prefill = "fallback", None, False
         return None
 
-    async def _exchange(
-        self, call: Call, member: Member, leg: Leg, body: bytes, attempts: _Attempts
-    ) -> Answer | None:
-        """One whole exchange; None if another endpoint should be tried."""
+    async def _prefill_on(self, call: Call, member: Member, body: bytes, attempts: Attempts) -> Answer | None:
+        """The leg on one endpoint; None if another should be tried."""
         attempts.begin(member)
+        member.in_flight += 1
+        member.prefill_in_flight += 1
         try:
             connection = await self._send(call, member, body, self._timeouts.prefill_s)
         except UpstreamFailed as error:
-            self._failed(call, member, leg, error, attempts)
+            self._failed(call, member, "prefill", error, attempts)
             return None
+        finally:
+            member.in_flight -= 1
+            member.prefill_in_flight -= 1
         answer = Answer.of(connection)
         connection.release()
-        return answer if self._settled(call, member, leg, answer, attempts) else None
+        return answer if self._stands(call, member, "prefill", answer, attempts) else None
 
     # -- the decode leg -------------------------------------------------------------------------------
 
-    async def _decode(self, call: Call, member: Member, blocks: Blocks | None, attempts: _Attempts) -> bool:
+    async def _decode(self, call: Call, member: Member, blocks: Blocks | None, attempts: Attempts) -> bool:
         """Whether the client has its answer; False if another endpoint should be tried."""
         attempts.begin(member)
+        call.decode_name = member.name
         body = call.body if blocks is None else legs.decode_body(call.body, blocks.params)
-        with Slot(member, "decode"):
-            try:
-                connection = await self._send(call, member, body, self._timeouts.first_byte_s)
-            except UpstreamFailed as error:
-                self._failed(call, member, "decode", error, attempts)
-                return False
-            call.decode_name = member.name
+        member.in_flight += 1
+        try:
+            connection = await self._send(call, member, body, self._timeouts.first_byte_s)
             if connection.streaming:
                 return await self._stream(call, member, connection, attempts)
-            answer = Answer.of(connection)
-            connection.release()
-        if not self._settled(call, member, "decode", answer, attempts):
+        except UpstreamFailed as error:
+            self._failed(call, member, "decode", error, attempts)
+            return False
+        finally:
+            member.in_flight -= 1
+        answer = Answer.of(connection)
+        connection.release()
+        if not self._stands(call, member, "decode", answer, attempts):
             return False
         self._respond(call, answer)
         return True
 
     async def _stream(
-        self, call: Call, member: Member, connection: UpstreamConnection, attempts: _Attempts
+        self, call: Call, member: Member, connection: UpstreamConnection, attempts: Attempts
     ) -> bool:
         """As `_decode`: a stream that breaks before its first whole event can be begun anew elsewhere."""
         client = call.client
@@ -190,71 +192,67 @@ class Forwarder:
         try:
             await connection.relay(relay)
         except UpstreamFailed as error:
-            self._failed(call, member, "decode", error, attempts)
             if client.take_back_stream():
                 call.first_byte_s = None
-                return False
-            self._metrics.broken_stream()
+                raise
+            self._failed(call, member, "decode", error, attempts)
+            self._metrics.broken_streams += 1
             raise StreamBroken(f"the stream of engine {member.name} ended early ({error})") from error
         finally:
             connection.release()
-        relay.finish()
         self._fleet.succeeded(member)
-        self._metrics.leg("decode", "ok")
+        self._metrics.legs["decode", "ok"] += 1
+        relay.finish()
         return True
 
     # -- both -----------------------------------------------------------------------------------------
 
     async def _send(self, call: Call, member: Member, body: bytes, first_byte_s: float) -> UpstreamConnection:
         """The connection whose answer is whole, or begun if it is a stream."""
-        head = (
-            b"POST %b HTTP/1.1\r\nHost: %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%b\r\n"
-            % (
-                call.path,
-                member.host_header,
-                len(body),
-                call.lines,
-            )
-        )
-        idle_s = self._timeouts.idle_s
-        kept = member.pool.take()
-        if kept is not None:
+        head = HEAD % (call.path, member.host_header, len(body), call.id_line, call.trace_lines)
+        pool, timeouts = member.pool, self._timeouts
+        connection = pool.take() or await pool.connect(timeouts.connect_s)
+        while True:
             try:
-                return await _finished(kept, head, body, first_byte_s, idle_s)
+                await connection.send(head, body, first_byte_s, timeouts.idle_s)
+                return connection
             except UpstreamFailed as error:
+                connection.release()
                 if not error.stale:
                     raise
-        fresh = await member.pool.connect(self._timeouts.connect_s)
-        return await _finished(fresh, head, body, first_byte_s, idle_s)
+            except asyncio.CancelledError:  # the client left: cutting the connection frees the engine
+                connection.release()
+                raise
+            connection = await pool.connect(timeouts.connect_s)
 
     def _failed(
-        self, call: Call, member: Member, leg: Leg, error: UpstreamFailed, attempts: _Attempts
+        self, call: Call, member: Member, leg: Leg, error: UpstreamFailed, attempts: Attempts
     ) -> None:
         attempts.error, attempts.answer = error, None
         self._fleet.failed(member, error.kind)
-        self._metrics.leg(leg, "failed")
-        log.warning("request %s: %s leg on %s: %s", call.request_id.decode(), leg, member.name, error)
+        self._metrics.legs[leg, "failed"] += 1
+        log.warning("request %s: %s leg on %s: %s", call.request_id, leg, member.name, error)
 
-    def _settled(self, call: Call, member: Member, leg: Leg, answer: Answer, attempts: _Attempts) -> bool:
+    def _stands(self, call: Call, member: Member, leg: Leg, answer: Answer, attempts: Attempts) -> bool:
         """Whether `answer` stands; False if another endpoint may do better."""
         if answer.status >= 500 or answer.status in BUSY:
             attempts.answer, attempts.error = answer, None
             if answer.status >= 500:
                 self._fleet.answered_5xx(member)
-            self._metrics.leg(leg, "failed")
+            self._metrics.legs[leg, "failed"] += 1
             log.warning(
                 "request %s: %s leg on %s: status %d",
-                call.request_id.decode(),
+                call.request_id,
                 leg,
                 member.name,
                 answer.status,
             )
             return False
         self._fleet.succeeded(member)
-        self._metrics.leg(leg, "ok" if answer.status < 400 else "refused")
+        self._metrics.legs[leg, "ok" if answer.status < 400 else "refused"] += 1
         return True
 
-    def _give_up(self, call: Call, attempts: _Attempts) -> None:
+    def _give_up(self, call: Call, attempts: Attempts) -> None:
         answer, error = attempts.answer, attempts.error
         if answer is not None and answer.status in BUSY:
             self._respond(call, answer)
@@ -275,7 +273,7 @@ class Forwarder:
         call.client.respond(answer.status, answer.body, answer.content_type or b"application/json", headers)
 
     def _headers(self, call: Call) -> bytes:
-        lines = b"X-Request-Id: %b\r\n" % call.request_id
+        lines = call.id_line
         if not self._route_headers:
             return lines
         lines += b"x-broadbeam-route: %b\r\n" % call.way.encode()
@@ -284,19 +282,6 @@ class Forwarder:
         if call.decode_name is not None:
             lines += b"x-broadbeam-decode: %b\r\n" % call.decode_name.encode()
         return lines
-
-
-async def _finished(
-    connection: UpstreamConnection, head: bytes, body: bytes, first_byte_s: float, idle_s: float
-) -> UpstreamConnection:
-    answered = False
-    try:
-        await connection.send(head, body, first_byte_s, idle_s)
-        answered = True
-        return connection
-    finally:
-        if not answered:  # failed, or the client left: cutting the connection frees the engine
-            connection.release()
 
 
 def _params(answer: Answer, member: Member) -> bytes | None:

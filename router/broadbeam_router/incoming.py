@@ -7,21 +7,20 @@ open (hosts, codings, upgrades, sizes) is refused here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import httptools
+import msgspec
 
 from broadbeam_crds.gateway_config import LimitsConfig
 from broadbeam_router.errors import BodyTooLarge, HeadersTooLarge, MalformedHttp, RequestError
 
-KEPT_HEADERS = (b"authorization", b"x-request-id", b"traceparent", b"tracestate")
+KEPT_HEADERS = frozenset((b"authorization", b"x-request-id", b"traceparent", b"tracestate"))
 
 
-@dataclass(slots=True)
-class Request:
+class Request(msgspec.Struct, eq=False):
     """`headers` holds KEPT_HEADERS only; everything else a client sends in a head ends here."""
 
-    method: str
+    method: bytes
     path: bytes
     headers: dict[bytes, bytes]
     body: bytes
@@ -33,8 +32,8 @@ class RequestReader:
     """Calls `on_request` for every whole request and `on_expect` when a client waits for 100 Continue."""
 
     __slots__ = (
-        "_body", "_body_size", "_expects", "_head_size", "_headers", "_hosts", "_limits", "_moved",
-        "_on_expect", "_on_request", "_parser", "_recent", "_still", "_url", "failure",
+        "_body", "_body_size", "_expects", "_head_size", "_headers", "_hosts", "_limits", "_on_expect",
+        "_on_request", "_parser", "_recent", "_seen", "_still", "_url", "failure",
     )  # fmt: skip
 
     def __init__(
@@ -44,19 +43,20 @@ class RequestReader:
         self._on_request = on_request
         self._on_expect = on_expect
         self._parser = httptools.HttpRequestParser(self)
-        self._still = 0  # bytes since the parser last got anywhere
+        self._seen = 0  # bytes that the parser has told of
+        self._still = 0  # bytes since it last told of any
         self.failure: RequestError | None = None  # sticks: no request is read after it
         self.on_message_begin()
 
     def feed(self, data: bytes) -> None:
         """Take what came; `failure` is set when it cannot be served."""
-        self._moved = False
+        seen = self._seen
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._fail(MalformedHttp(f"malformed HTTP: {error}"))
-        self._still = 0 if self._moved else self._still + len(data)
-        if self._still > self._limits.max_header_bytes:
+        self._still = 0 if self._seen != seen else self._still + len(data)
+        if self._still > self._limits.max_header_bytes or self._head_size > self._limits.max_header_bytes:
             self._fail(self._head_too_large())
 
     @property
@@ -74,14 +74,16 @@ class RequestReader:
         self._head_size = 0
         self._hosts = 0
         self._expects = False
-        self._moved = True
 
     def on_url(self, url: bytes) -> None:
         self._url += url
-        self._count(len(url))
+        self._seen += 1
+        self._head_size += len(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._count(len(name) + len(value) + 4)
+        # Runs for every header: what can wait for the head's end does.
+        self._seen += 1
+        self._head_size += len(name) + len(value) + 4
         name = name.lower()
         if name in KEPT_HEADERS:
             if name in self._headers:
@@ -99,9 +101,10 @@ class RequestReader:
             self._expects = True
 
     def on_headers_complete(self) -> None:
-        self._moved = True
         self._recent = self._parser.get_http_version() == "1.1"
-        if self._hosts > 1 or (self._hosts == 0 and self._recent):
+        if self._head_size > self._limits.max_header_bytes:
+            self._fail(self._head_too_large())
+        if self._hosts != 1 and (self._recent or self._hosts > 1):
             self._fail(MalformedHttp("exactly one Host header is needed", "host"))
         if self._parser.should_upgrade():
             self._fail(MalformedHttp("Upgrade and CONNECT are not supported"))
@@ -109,7 +112,7 @@ class RequestReader:
             self._on_expect()
 
     def on_body(self, data: bytes) -> None:
-        self._moved = True
+        self._seen += 1
         self._body_size += len(data)
         if self._body_size > self._limits.max_body_bytes:
             self._fail(self._body_too_large())
@@ -117,26 +120,21 @@ class RequestReader:
             self._body.append(data)
 
     def on_message_complete(self) -> None:
-        self._moved = True
+        if self._head_size > self._limits.max_header_bytes:  # trailers count too
+            self._fail(self._head_too_large())
         if self.failure is not None:
             return
-        body = self._body
+        body, url = self._body, self._url
         request = Request(
-            method=self._parser.get_method().decode(),
-            path=_path(self._url),
-            headers=self._headers,
-            body=body[0] if len(body) == 1 else b"".join(body),
-            keep_alive=self._recent and self._parser.should_keep_alive(),
-            chunks=self._recent,
+            self._parser.get_method(),
+            url if url.startswith(b"/") and b"?" not in url else _path(url),
+            self._headers,
+            body[0] if len(body) == 1 else b"".join(body),
+            self._recent and self._parser.should_keep_alive(),
+            self._recent,
         )
         self._url, self._body = b"", []
         self._on_request(request)
-
-    def _count(self, size: int) -> None:
-        self._moved = True
-        self._head_size += size
-        if self._head_size > self._limits.max_header_bytes:
-            self._fail(self._head_too_large())
 
     def _fail(self, error: RequestError) -> None:
         self.failure = self.failure or error

@@ -9,6 +9,7 @@ import httptools
 
 from broadbeam_router import http1
 from broadbeam_router.deadlines import NEVER, Deadlines
+from broadbeam_router.running import Signal
 
 Failure = Literal["connect", "reset", "timeout", "protocol"]
 IDLE_S = 4.0  # uvicorn (vLLM) closes after 5 s of silence; leave before it does
@@ -45,7 +46,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self.deadline = NEVER
         self.served = 0  # exchanges begun on this connection
-        self._waiter: asyncio.Future[None] | None = None
+        self._waiter: Signal | None = None
         self._sink: Sink | None = None
         self._idle_s = 0.0
         self.reusable = False
@@ -64,7 +65,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     # -- one exchange ---------------------------------------------------------------------------------
 
-    def send(self, head: bytes, body: bytes, first_byte_s: float, idle_s: float) -> asyncio.Future[None]:
+    def send(self, head: bytes, body: bytes, first_byte_s: float, idle_s: float) -> Signal:
         """Write a request; resolves when the answer is whole or, for a stream, has its first part.
 
         Fails with UpstreamFailed."""
@@ -75,7 +76,7 @@ class UpstreamConnection(asyncio.Protocol):
         self.served += 1
         self.reusable = False
         self._idle_s = idle_s
-        self._waiter = loop.create_future()
+        self._waiter = Signal()
         if self.transport.is_closing():
             self._fail("reset", "the connection was closed")
             return self._waiter
@@ -88,9 +89,9 @@ class UpstreamConnection(asyncio.Protocol):
             self.transport.write(body)
         return self._waiter
 
-    def relay(self, sink: Sink) -> asyncio.Future[None]:
+    def relay(self, sink: Sink) -> Signal:
         """Give `sink` what has come and what will; resolves at the end, fails with UpstreamFailed."""
-        self._waiter = self._pool.loop.create_future()
+        self._waiter = Signal()
         self._sink = sink
         if self.parts:
             self._deliver()
@@ -135,13 +136,13 @@ class UpstreamConnection(asyncio.Protocol):
             self.transport.abort()
 
     def _resolve(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        if self._waiter is not None:
+            self._waiter.set()
 
     def _fail(self, kind: Failure, detail: str) -> None:
-        if self._waiter is not None and not self._waiter.done():
+        if self._waiter is not None:
             stale = kind == "reset" and self.served > 1 and not self._first_byte
-            self._waiter.set_exception(UpstreamFailed(kind, detail, stale))
+            self._waiter.fail(UpstreamFailed(kind, detail, stale))
 
     def _deliver(self) -> None:
         assert self._sink is not None
@@ -237,6 +238,15 @@ class Pool:
 
     async def connect(self, timeout_s: float) -> UpstreamConnection:
         """A new connection; UpstreamFailed("connect") if there is none in time."""
+        task = self.loop.create_task(self._connect(timeout_s))  # asyncio.timeout needs one
+        try:
+            return await task
+        except asyncio.CancelledError:
+            task.add_done_callback(_abandon)
+            task.cancel()
+            raise
+
+    async def _connect(self, timeout_s: float) -> UpstreamConnection:
         try:
             async with asyncio.timeout(timeout_s):
                 _, connection = await self.loop.create_connection(
@@ -268,3 +278,9 @@ class Pool:
             assert connection.transport is not None
             connection.transport.close()
         self._idle.clear()
+
+
+def _abandon(connecting: asyncio.Task[UpstreamConnection]) -> None:
+    """Nobody waits for this connection any more; it may have been made all the same."""
+    if not connecting.cancelled() and connecting.exception() is None:
+        connecting.result().release()

@@ -77,7 +77,7 @@ async def test_the_body_reaches_the_engine_byte_for_byte(rig) -> None:
             CHAT,
             b'{"model":"m","messages":[{},"hi"]}',
             "messages",
-            'messages[1] must be an object, got "hi"',
+            'messages[1] must be object, got [{},"hi"]',
             id="text as message",
         ),
         pytest.param(

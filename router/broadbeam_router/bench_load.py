@@ -1,0 +1,159 @@
+"""The other two processes of the benchmark: an engine that answers at once, and clients that ask.
+
+    python -m broadbeam_router.bench_load engine PORT CHUNKS
+    python -m broadbeam_router.bench_load clients PORT REQUESTS CONCURRENCY stream|whole KEY
+
+The clients print one JSON line: requests, chunks and seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from typing import cast
+
+import httptools
+import uvloop
+
+PROMPT = "The quick brown fox jumps over the lazy dog. " * 42  # a body of about 2 KB
+EVENT = {
+    "id": "chatcmpl-1",
+    "object": "chat.completion.chunk",
+    "created": 1795428244,
+    "model": "m",
+    "choices": [{"index": 0, "delta": {"content": " word"}, "logprobs": None, "finish_reason": None}],
+}
+ANSWER = {
+    "id": "chatcmpl-1",
+    "object": "chat.completion",
+    "created": 1795428244,
+    "model": "m",
+    "choices": [
+        {"index": 0, "message": {"role": "assistant", "content": " word" * 64}, "finish_reason": "length"}
+    ],
+    "usage": {"prompt_tokens": 400, "completion_tokens": 64, "total_tokens": 464},
+    "kv_transfer_params": {
+        "do_remote_prefill": True,
+        "remote_block_ids": [list(range(25))],
+        "remote_host": "a",
+    },
+}
+
+
+class Engine(asyncio.Protocol):
+    """Answers a stream with one write per event, a loop turn apart, as engines do."""
+
+    def __init__(self, chunks: int) -> None:
+        event = b"data: " + json.dumps(EVENT).encode() + b"\n\n"
+        body = json.dumps(ANSWER).encode()
+        self.chunk = b"%x\r\n%b\r\n" % (len(event), event)
+        self.head = (
+            b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
+        self.whole = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (
+            len(body),
+            body,
+        )
+        self.chunks = chunks
+        self.parser = httptools.HttpRequestParser(self)
+        self.body = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self.parser.feed_data(data)
+
+    def on_body(self, body: bytes) -> None:
+        self.body += body
+
+    def on_message_complete(self) -> None:
+        if b'"stream":true' in self.body[:200]:
+            self.transport.write(self.head)
+            self.task = asyncio.get_running_loop().create_task(self.stream())
+        else:
+            self.transport.write(self.whole)
+        self.body = b""
+
+    async def stream(self) -> None:
+        for _ in range(self.chunks):
+            self.transport.write(self.chunk)
+            await asyncio.sleep(0.002)
+        self.transport.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
+
+
+class Asker(asyncio.Protocol):
+    """Sends its next request when it has the answer to the last."""
+
+    def __init__(self, request: bytes, left: list[int], done: asyncio.Event) -> None:
+        self.request = request
+        self.left = left
+        self.done = done
+        self.parser = httptools.HttpResponseParser(self)
+        self.chunks = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.ask()
+
+    def ask(self) -> None:
+        if self.left[0] == 0:
+            self.transport.close()
+            self.done.set()
+            return
+        self.left[0] -= 1
+        self.transport.write(self.request)
+
+    def data_received(self, data: bytes) -> None:
+        self.parser.feed_data(data)
+
+    def on_headers_complete(self) -> None:
+        if self.parser.get_status_code() != 200:
+            raise SystemExit(f"status {self.parser.get_status_code()}")
+
+    def on_body(self, body: bytes) -> None:
+        self.chunks += body.count(b"data: ")
+
+    def on_message_complete(self) -> None:
+        self.ask()
+
+
+async def engine(port: int, chunks: int) -> None:
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: Engine(chunks), "127.0.0.1", port, backlog=1024)
+    await server.serve_forever()
+
+
+async def clients(port: int, requests: int, concurrency: int, stream: bool, key: str) -> None:
+    fields = {"model": "m", "stream": stream, "messages": [{"role": "user", "content": PROMPT}]}
+    body = json.dumps(fields, separators=(",", ":")).encode()
+    request = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: gateway\r\nAccept: application/json\r\n"
+        b"Content-Type: application/json\r\nUser-Agent: OpenAI/Python 3.54\r\nAuthorization: Bearer %b\r\n"
+        b"Content-Length: %d\r\n\r\n%b" % (key.encode(), len(body), body)
+    )
+    loop = asyncio.get_running_loop()
+    left = [requests]
+    start_s = time.perf_counter()
+    askers: list[Asker] = []
+    for _ in range(concurrency):
+        asker = Asker(request, left, asyncio.Event())
+        await loop.create_connection(lambda asker=asker: asker, "127.0.0.1", port)  # type: ignore[misc]
+        askers.append(asker)
+    for asker in askers:
+        await asker.done.wait()
+    seconds = time.perf_counter() - start_s
+    chunks = sum(asker.chunks for asker in askers)
+    print(json.dumps({"requests": requests, "chunks": chunks, "seconds": seconds}))
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["engine", port, chunks]:
+            uvloop.run(engine(int(port), int(chunks)))
+        case ["clients", port, requests, concurrency, kind, key]:
+            uvloop.run(clients(int(port), int(requests), int(concurrency), kind == "stream", key))
+        case _:
+            sys.exit(__doc__)
