@@ -33,11 +33,13 @@ def marked(marks: Collection[str]) -> list[int]:
 
 
 def kill_marked(marks: Collection[str]) -> None:
-    """SIGKILL to every process that carries one of `marks`, until none is left to start another."""
-    while pids := marked(marks):
+    """SIGKILL to every process that carries one of `marks`, and to those they started meanwhile."""
+    killed: set[int] = set()
+    while pids := [pid for pid in marked(marks) if pid not in killed]:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
+        killed.update(pids)
 
 
 def main() -> None:

@@ -9,14 +9,16 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 from uuid import uuid4
 
-from broadbeam_operator.local.guard import MARK, kill_marked
+from broadbeam_operator.local.guard import MARK, kill_marked, marked
 
+LINGER_S = 5.0
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -69,12 +71,16 @@ class Child:
         return self.process.pid
 
     async def wait(self) -> int:
-        """The exit code, 128 + n for signal n, once the process has ended and its children were killed."""
+        """The exit code, 128 + n for signal n, once the process and all its children are gone."""
         code = await self.process.wait()
         if not self._reaped:
             self._reaped = True
             # A container's end is the end of all its processes.
             kill_marked({self.mark})
+            # A killed process with gigabytes takes a while to go; one that hangs in the kernel may stay.
+            deadline = time.monotonic() + LINGER_S
+            while marked({self.mark}) and time.monotonic() < deadline:
+                await asyncio.sleep(0.01)
             self.guard.remove(self.mark)
         return code if code >= 0 else 128 - code
 
