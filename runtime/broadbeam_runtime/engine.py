@@ -6,6 +6,7 @@ import os
 import queue
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from broadbeam_runtime.kv.memory import cache_dtype, make_cache
 from broadbeam_runtime.kv.pool import BlockPool
 from broadbeam_runtime.models.architecture import read_architecture
 from broadbeam_runtime.models.decoder import Decoder, compute_dtype
-from broadbeam_runtime.parallel import Group, Lockstep
+from broadbeam_runtime.parallel import Group, GroupError, Lockstep
 from broadbeam_runtime.sampling import sample
 from broadbeam_runtime.scheduler import Limits, Scheduler, Work
 from broadbeam_runtime.transfers import Transfers
@@ -42,8 +43,10 @@ Message = Request | str | None  # a new request, the id of one to abort, or only
 
 
 def end_process(error: BaseException) -> None:
-    """What a failed engine does unless told otherwise: one line, then the process ends, so that its
-    supervisor starts the group again."""
+    """What a failed engine does unless told otherwise: one line (a defect keeps its traceback), then the
+    process ends, so that its supervisor starts the group again."""
+    if not isinstance(error, GroupError):
+        traceback.print_exception(error)
     print(f"engine failed: {error}", file=sys.stderr, flush=True)
     os._exit(EXIT_ENGINE_FAILED)
 
@@ -74,6 +77,11 @@ class TorchEngine:
         if self.max_len > self.shape.max_len:
             raise ConfigError(
                 f"model.max_model_len is {self.max_len}, the model's own limit is {self.shape.max_len}"
+            )
+        if self.shape.experts and self.shape.experts.count % rank.world:
+            raise ConfigError(
+                f"parallel.data is {rank.world}: the model's {self.shape.experts.count} experts cannot be "
+                "spread evenly over so many ranks"
             )
         self.inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self.stopping = False
@@ -186,11 +194,8 @@ class TorchEngine:
 
         self.dtype = compute_dtype(self.shape, self.config.dtype, self.device)
         weights = Weights(Files(self.files), self.dtype, self.device)
-        try:
-            with torch.inference_mode():
-                self.decoder = Decoder(self.shape, weights, group, self.max_len, on_layer)
-        except ValueError as error:
-            raise error if isinstance(error, CheckpointError) else ConfigError(str(error)) from error
+        with torch.inference_mode():
+            self.decoder = Decoder(self.shape, weights, group, self.max_len, on_layer)
         self.weight_bytes = weights.loaded_bytes
         self.cache = make_cache(
             self.config, self.shape, self.max_len, cache_dtype(self.config, self.dtype), self.device

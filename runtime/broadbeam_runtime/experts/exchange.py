@@ -62,4 +62,4 @@ def combine(results: Tensor, dispatched: Dispatched, group: Group) -> Tensor:
 
 
 def _bytes(rows: Tensor) -> Tensor:
-    return rows.contiguous().view(torch.uint8).view(rows.shape[0], -1)
+    return rows.contiguous().view(torch.uint8)

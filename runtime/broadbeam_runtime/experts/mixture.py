@@ -9,7 +9,7 @@ from torch import Tensor
 from broadbeam_runtime.experts.exchange import Dispatched, combine, dispatch
 from broadbeam_runtime.experts.routing import route
 from broadbeam_runtime.layers.mlp import GatedMLP, swiglu
-from broadbeam_runtime.models.architecture import Architecture, Experts
+from broadbeam_runtime.models.architecture import Architecture
 from broadbeam_runtime.parallel import Group
 from broadbeam_runtime.weights import Weights
 
@@ -62,9 +62,3 @@ class LocalExperts:
                 out.index_add_(0, rows[part], result.to(out.dtype))
                 start += size
         return out
-
-
-def check_divisible(shape: Experts, world: int) -> None:
-    """Experts are spread evenly: ValueError with both numbers otherwise."""
-    if shape.count % world:
-        raise ValueError(f"{shape.count} experts cannot be spread evenly over {world} ranks")

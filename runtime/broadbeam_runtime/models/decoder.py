@@ -11,7 +11,7 @@ from torch import Tensor
 
 from broadbeam_runtime.attention import Plan
 from broadbeam_runtime.checkpoint import CheckpointError
-from broadbeam_runtime.experts.mixture import Mixture, check_divisible
+from broadbeam_runtime.experts.mixture import Mixture
 from broadbeam_runtime.layers.attention import GroupedQueryAttention
 from broadbeam_runtime.layers.latent_attention import LatentAttention
 from broadbeam_runtime.layers.linear import Linear
@@ -57,8 +57,6 @@ class Decoder:
         max_len: int,
         on_layer: Callable[[int], None] = lambda _: None,
     ):
-        if shape.experts:
-            check_divisible(shape.experts, group.world)
         model = weights.at("model")
         self.embedding = model.tensor("embed_tokens.weight")
         if len(self.embedding) != shape.vocab:

@@ -1,0 +1,141 @@
+"""The engine's tokens are transformers' tokens, greedy and in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from tests.runtime.engine.conftest import FAMILIES, IN_FLIGHT, LENGTHS, MAX_LEN, Model, Served, greedy, prompt
+
+Start = Callable[..., Served]
+Make = Callable[..., Model]
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 256,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.9,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_to_short_and_long_prompts_are_those_of_transformers(
+    family: str, make_model: Make, serve: Start
+) -> None:
+    model, served = make_model(family), serve(make_model(family))
+    prompts = [prompt(length) for length in LENGTHS]
+    answers = served.run(*(greedy(str(len(p)), p) for p in prompts))
+    assert answers == [model.answer(p) for p in prompts]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sixteen_requests_in_flight_do_not_disturb_each_other(
+    family: str, make_model: Make, serve: Start
+) -> None:
+    model, served = make_model(family), serve(make_model(family))
+    prompts = [prompt(length, seed=1) for length in IN_FLIGHT]
+    answers = served.run(*(greedy(str(i), p) for i, p in enumerate(prompts)))
+    assert answers == [model.answer(p) for p in prompts]
+    assert served.engine.stats().steps < 16 * 12  # they did run together
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        pytest.param(
+            "llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}, id="llama3 rope, tied"
+        ),
+        pytest.param("llama", {"attention_bias": True, "num_key_value_heads": 8}, id="biases, no grouping"),
+        pytest.param(
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+            id="linear rope",
+        ),
+        pytest.param("qwen3-moe", {"mlp_only_layers": [2], "decoder_sparse_step": 2}, id="some layers dense"),
+        pytest.param("qwen3-moe", {"norm_topk_prob": False}, id="weights not normalised"),
+        pytest.param("deepseek-v3", {"rope_parameters": YARN, "q_lora_rank": None}, id="yarn, full queries"),
+        pytest.param("deepseek-v3", {"rope_interleave": False, "n_shared_experts": 2}, id="rope in halves"),
+        pytest.param(
+            "deepseek-v2", {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}, id="v2"
+        ),
+    ],
+)
+def test_variants_of_the_families_agree_too(
+    family: str, changes: dict[str, Any], make_model: Make, serve: Start
+) -> None:
+    model = make_model(family, changes)
+    served = serve(model)
+    prompts = [prompt(length, seed=2) for length in (3, 300)]
+    answers = served.run(*(greedy(str(len(p)), p, 8) for p in prompts))
+    assert answers == [model.answer(p, 8) for p in prompts]
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek-v3"])
+def test_a_prompt_computed_in_chunks_gives_the_same_answer(
+    family: str, make_model: Make, serve: Start
+) -> None:
+    model = make_model(family)
+    served = serve(model, scheduling={"max_batched_tokens": 48})
+    prompts = [prompt(777), prompt(200)]
+    answers = served.run(*(greedy(str(len(p)), p) for p in prompts))
+    assert answers == [model.answer(p) for p in prompts]
+    assert served.engine.stats().steps >= 977 // 48
+
+
+@pytest.mark.parametrize("family", ["llama", "deepseek-v3"])
+def test_a_known_prefix_is_not_computed_again(family: str, make_model: Make, serve: Start) -> None:
+    model, served = make_model(family), serve(make_model(family))
+    first = prompt(200)
+    second = first[:150] + prompt(30, seed=3)
+    served.run(greedy("first", first))
+    computed = served.engine.stats().prompt_tokens_computed
+    answer = served.run(greedy("second", second))
+    assert answer == [model.answer(second)]
+    assert served.outputs["second"][0].cached_tokens == 144  # nine full blocks of 16
+    assert served.engine.stats().prompt_tokens_computed - computed == len(second) - 144
+
+
+def test_the_same_prompt_again_computes_its_last_block_only(make_model: Make, serve: Start) -> None:
+    model, served = make_model("llama"), serve(make_model("llama"))
+    served.run(greedy("first", prompt(64)))
+    assert served.run(greedy("again", prompt(64))) == [model.answer(prompt(64))]
+    assert served.outputs["again"][0].cached_tokens == 48
+
+
+def test_without_prefix_reuse_everything_is_computed(make_model: Make, serve: Start) -> None:
+    served = serve(make_model("llama"), prefix_reuse=False)
+    served.run(greedy("first", prompt(64)))
+    served.run(greedy("again", prompt(64)))
+    assert served.outputs["again"][0].cached_tokens == 0
+    assert served.engine.stats().prompt_tokens_computed == 128
+
+
+@pytest.mark.parametrize("reuse", [True, False], ids=["prefix reuse", "no reuse"])
+def test_sequences_preempted_for_lack_of_blocks_give_the_same_answers(
+    reuse: bool, make_model: Make, serve: Start
+) -> None:
+    model = make_model("llama")
+    block_bytes = 4 * 16 * 128 * 4
+    served = serve(model, memory_bytes=(MAX_LEN // 16) * block_bytes, prefix_reuse=reuse)
+    prompts = [prompt(150, seed=10 + i) for i in range(6)]
+    answers = served.run(*(greedy(str(i), p, 60) for i, p in enumerate(prompts)))
+    assert answers == [model.answer(p, 60) for p in prompts]
+    assert served.engine.stats().preemptions > 0
+
+
+def test_a_cache_in_bfloat16_answers_under_float32_computation(make_model: Make, serve: Start) -> None:
+    served = serve(make_model("llama"), dtype="bfloat16")
+    assert len(served.run(greedy("a", prompt(64)))[0]) == 12
+    assert served.engine.stats().kv_bytes <= 96 << 20
