@@ -25,6 +25,7 @@ def install(cluster: Cluster) -> None:
     command = [
         *(str(build().helm), f"--kubeconfig={cluster.kubeconfig}", "install", RELEASE, str(CHART)),
         *(f"--namespace={SYSTEM}", "--create-namespace", "--wait", "--timeout=90s"),
+        "--set=operator.resyncSeconds=3",
         *(f"--set={value}={os.environ[name]}" for name, value in IMAGE_VALUES.items() if name in os.environ),
     ]
     if image := os.environ.get("BROADBEAM_E2E_OPERATOR_IMAGE"):

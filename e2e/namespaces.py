@@ -1,7 +1,8 @@
 """A network of our own for the test cluster: pods get addresses, and nothing is seen or touched outside.
 
-EndpointSlices refuse 127.0.0.0/8, so pods need other addresses. In a network namespace the loopback device
-can own all of POD_NETWORK, and any address of it binds.
+EndpointSlices refuse 127.0.0.0/8, so pods need other addresses: those of the loopback device of a network
+namespace, one alias each. (That device could own the whole network at once, and any address of it would
+bind; but gloo wants to find its own among the addresses of an interface.)
 """
 
 from __future__ import annotations
@@ -12,12 +13,10 @@ import os
 import socket
 import struct
 
-POD_NETWORK = "10.77.0.0/16"
 API_SERVER_ADDRESS = "10.77.0.1"
-_NETMASK = "255.255.0.0"
 
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
-_SIOCGIFFLAGS, _SIOCSIFFLAGS, _SIOCSIFADDR, _SIOCSIFNETMASK = 0x8913, 0x8914, 0x8916, 0x891C
+_SIOCSIFFLAGS, _SIOCSIFADDR, _SIOCSIFNETMASK = 0x8914, 0x8916, 0x891C
 _IFF_UP = 1
 
 
@@ -41,7 +40,7 @@ def isolate() -> None:
         )
     if flags & _CLONE_NEWUSER:
         _map_to_root(user, group)
-    _own_addresses()
+    _up()
 
 
 def _map_to_root(user: int, group: int) -> None:
@@ -50,12 +49,17 @@ def _map_to_root(user: int, group: int) -> None:
             file.write(content)
 
 
-def _own_addresses() -> None:
-    """Bring lo up and give it POD_NETWORK; on a loopback device that makes the whole prefix local."""
+def set_address(alias: int, address: str) -> None:
+    """Give the loopback device one more address, or alias number `alias` another one."""
+    name = f"lo:{alias}".encode()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as device:
-        state = fcntl.ioctl(device, _SIOCGIFFLAGS, struct.pack("16sh14x", b"lo", 0))
-        (up,) = struct.unpack_from("h", state, 16)
-        fcntl.ioctl(device, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", up | _IFF_UP))
-        for request, address in ((_SIOCSIFADDR, API_SERVER_ADDRESS), (_SIOCSIFNETMASK, _NETMASK)):
-            packed = struct.pack("16sH2x4s8x", b"lo:1", socket.AF_INET, socket.inet_aton(address))
+        # In this order: without a netmask the first call makes it a /8, which is local as a whole.
+        for request, value in ((_SIOCSIFADDR, address), (_SIOCSIFNETMASK, "255.255.255.255")):
+            packed = struct.pack("16sH2x4s8x", name, socket.AF_INET, socket.inet_aton(value))
             fcntl.ioctl(device, request, packed)
+
+
+def _up() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as device:
+        fcntl.ioctl(device, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", _IFF_UP))
+    set_address(0, API_SERVER_ADDRESS)

@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import sys
 from dataclasses import dataclass, field
@@ -26,11 +27,12 @@ from broadbeam_crds.conventions import ENV_HOSTS_FILE
 from broadbeam_operator.local.container import Backoff
 from broadbeam_operator.local.environment import Sources
 from broadbeam_operator.local.pods import Node, PodProcess, PodRunner, open_runner
-from namespaces import API_SERVER_ADDRESS
+from namespaces import API_SERVER_ADDRESS, set_address
 
 NODE_NAME = "e2e-node"
 NODE_ADDRESS = "10.77.0.2"
 TOKEN_S = 3607
+GONE = (404, 409, 422)  # the pod is gone, or there is another of its name
 LEASE_RENEWAL_S = 10.0
 INHERITED = ("HOME", "PYTHONPATH", "XDG_CACHE_HOME")  # what takes the place of an image
 LEASE_PATH = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases"
@@ -86,17 +88,20 @@ class Kubelet:
             conditions = (pod.get("status") or {}).get("conditions") or ()
             self.pods[uid].set_gates({c["type"]: c["status"] == "True" for c in conditions})
         elif (pod.get("status") or {}).get("phase") not in ("Succeeded", "Failed"):
-            await self.start(pod)
+            try:
+                await self.start(pod)
+            except ApiError as error:
+                if error.status not in GONE:
+                    raise
 
     async def start(self, pod: Object) -> None:
         uid = pod["metadata"]["uid"]
         token = await self.mint_token(pod)
         self.addresses_given += 1
-        third, fourth = divmod(self.addresses_given, 250)
+        address = pod_address(self.addresses_given)
+        set_address(self.addresses_given, address)
         manifest = in_mount_namespace({"apiVersion": "v1", "kind": "Pod", **pod})
-        self.pods[uid] = self.runner.start(
-            manifest, f"10.77.{third + 1}.{fourth + 1}", lambda process: self.tell(uid, process), token
-        )
+        self.pods[uid] = self.runner.start(manifest, address, lambda process: self.tell(uid, process), token)
 
     async def mint_token(self, pod: Object) -> Path:
         """A folder with what the service account volume of the pod holds."""
@@ -141,7 +146,7 @@ class Kubelet:
         try:
             await self.api.apply(path, body, "e2e-node")
         except ApiError as error:
-            if error.status not in (404, 409):  # gone, or another pod of that name
+            if error.status not in GONE:
                 raise
 
     def end(self, uid: str, grace_s: float) -> None:
@@ -156,7 +161,7 @@ class Kubelet:
 
     async def stop(self, uid: str, process: PodProcess, grace_s: float) -> None:
         await process.stop(grace_s)
-        keep_log(process, self.folder / "logs")
+        keep_logs(process, self.folder / "logs")
         await self.runner.stop(process, 0)
         await self.forget(dict(process.facts.manifest))
         del self.pods[uid], self.stopping[uid]
@@ -171,14 +176,16 @@ class Kubelet:
             )
 
 
-def keep_log(process: PodProcess, folder: Path) -> None:
-    """Copy the last words of a pod that is about to vanish."""
-    folder.mkdir(exist_ok=True)
-    for container, log in process.logs().items():
-        with contextlib.suppress(OSError):
-            target = folder / f"{process.facts.namespace}.{process.name}.{container}.log"
-            with target.open("ab") as kept:
-                kept.write(log.read_bytes())
+def keep_logs(process: PodProcess, folder: Path) -> None:
+    """Copy the logs of a pod that is about to vanish."""
+    with contextlib.suppress(OSError):
+        shutil.copytree(process.root / "logs", folder / process.root.parent.name / process.root.name)
+
+
+def pod_address(number: int) -> str:
+    """An address for each pod that there ever was: a stale one leads nowhere, not to another pod."""
+    third, fourth = divmod(number, 250)
+    return f"10.77.{third + 1}.{fourth + 1}"
 
 
 def in_mount_namespace(pod: Object) -> Object:

@@ -138,7 +138,6 @@ def test_the_cluster_answers_while_the_operator_is_away_and_nothing_is_done_twic
     assert answered.statuses == {200}
     if sim.cluster.is_ours:
         eventually(lambda: reads(sim, new), 30, "a pass of the new operator")
-        sim.kubectl("annotate", "pods", "--all", "e2e=looked-at", "--overwrite")
         seen = len(reads(sim, new))
         eventually(lambda: len(reads(sim, new)) > seen, 30, "a further pass")
         assert writes(sim, new) == []
@@ -156,6 +155,12 @@ def test_what_changed_while_the_operator_was_away_is_made_up_for(sim: Serving) -
 
     assert sim.wait_available()["summary"]["prefill"] == "2/2"
     sim.kubectl("get", "service", f"{sim.name}-decode-0")
+
+
+def test_deletion_leaves_nothing_behind(sim: Serving) -> None:
+    sim.delete()
+
+    eventually(lambda: not sim.leftovers(), 60, "all children gone")
 
 
 def operator_pods(cluster: Cluster) -> list[str]:

@@ -114,9 +114,3 @@ def test_a_wrong_request_is_answered_in_one_clear_line(sim: Serving) -> None:
 
     assert answer.status == 404
     assert "nobody/knows" in answer.json["error"]["message"]
-
-
-def test_deletion_leaves_nothing_behind(sim: Serving) -> None:
-    sim.delete()
-
-    eventually(lambda: not sim.leftovers(), 60, "all children gone")

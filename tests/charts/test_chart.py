@@ -89,6 +89,7 @@ def test_every_kind_that_the_operator_owns_can_be_written(render: Render) -> Non
     ("values", "argument"),
     [
         pytest.param({"operator": {"logLevel": "debug"}}, "--log-level=debug", id="log level"),
+        pytest.param({"operator": {"resyncSeconds": 5}}, "--resync=5", id="resync"),
         pytest.param({"images": {"runtime": "r:1"}}, "--runtime-image=r:1", id="runtime image"),
         pytest.param({"images": {"router": "g:1"}}, "--router-image=g:1", id="router image"),
         pytest.param({"images": {"vllm": "v:1"}}, "--vllm-image=v:1", id="vllm image"),
