@@ -137,6 +137,8 @@ class TorchEngine:
         self.dummy_steps += not work
 
     def _run(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # the current device is the thread's own
         try:
             while not self.lockstep.finished:
                 self._turn()
