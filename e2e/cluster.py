@@ -161,8 +161,8 @@ class Cluster:
         return Serving(self, namespace, name)
 
     def last_logs(self) -> str:
-        """The end of the log of every pod on our own node, for the message of a failure."""
-        found = []
+        """The ends of the logs of our own node and of its pods, for the message of a failure."""
+        found = [log.read_text(errors="replace")[-1500:] for log in self.folder.glob("node.log")]
         for container in sorted(self.folder.glob("node/pods/*/*/logs/*")):
             log = max(container.glob("*.log"), key=lambda path: path.stat().st_mtime, default=None)
             if log is not None:
@@ -186,6 +186,9 @@ class Serving:
     def status(self) -> Object:
         found = self.cluster.get(self.path)
         return dict((found or {}).get("status") or {})
+
+    def condition(self, kind: str) -> Object | None:
+        return next((c for c in self.status.get("conditions") or () if c["type"] == kind), None)
 
     def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
         return self.cluster.kubectl(f"--namespace={self.namespace}", *arguments, stdin=stdin)

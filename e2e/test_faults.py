@@ -58,7 +58,7 @@ def recovery(sim: Serving, pod: str) -> Iterator[None]:
 
 def since(sim: Serving) -> str:
     """When Available changed last."""
-    return next(c["lastTransitionTime"] for c in sim.status["conditions"] if c["type"] == "Available")
+    return str((sim.condition("Available") or {})["lastTransitionTime"])
 
 
 @pytest.mark.parametrize("pool", ["prefill", "decode"])

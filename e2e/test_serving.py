@@ -114,3 +114,17 @@ def test_a_wrong_request_is_answered_in_one_clear_line(sim: Serving) -> None:
 
     assert answer.status == 404
     assert "nobody/knows" in answer.json["error"]["message"]
+
+
+def test_what_only_the_operator_can_check_is_refused_in_the_status(sim: Serving) -> None:
+    manifest = simulated(NAMESPACE, "long")
+    manifest["spec"]["pools"][1]["kvCache"]["memory"] = "1Mi"
+    sim.cluster.apply(manifest)
+    refused = sim.cluster.serving(NAMESPACE, "long")
+
+    condition = eventually(lambda: refused.condition("Accepted"), 20, "the operator has looked")
+
+    assert condition["status"] == "False"
+    assert "spec.pools[decode].kvCache.memory: 1Mi holds" in condition["message"]
+    assert refused.pods() == []
+    refused.delete()

@@ -53,8 +53,7 @@ def test_decode_computes_no_prompt_token(wide: Serving) -> None:
 
 def test_the_operator_confirms_that_kv_moves(wide: Serving) -> None:
     def confirmed() -> bool:
-        conditions = {c["type"]: c["status"] for c in wide.status["conditions"]}
-        return conditions.get("KVTransferEffective") == "True"
+        return (wide.condition("KVTransferEffective") or {}).get("status") == "True"
 
     eventually(confirmed, 60, "KVTransferEffective")
 
