@@ -75,7 +75,7 @@ e2e: setup controlplane ## tests against a real API server, pods as local proces
 	@$(BIN)/python -m pytest -q e2e
 
 .PHONY: test
-test: check unit e2e ## everything that needs no GPU (under 12 minutes when its caches are warm)
+test: check controlplane unit e2e ## everything that needs no GPU (under 12 minutes when its caches are warm)
 
 .PHONY: test-gpu
 test-gpu: setup ## tests that need a CUDA device

@@ -26,11 +26,15 @@ def install(cluster: Cluster) -> None:
         *(str(build().helm), f"--kubeconfig={cluster.kubeconfig}", "install", RELEASE, str(CHART)),
         *(f"--namespace={SYSTEM}", "--create-namespace", "--wait", "--timeout=90s"),
         "--set=operator.resyncSeconds=3",
-        *(f"--set={value}={os.environ[name]}" for name, value in IMAGE_VALUES.items() if name in os.environ),
+        *(
+            f"--set-string={value}={os.environ[name]}"
+            for name, value in IMAGE_VALUES.items()
+            if name in os.environ
+        ),
     ]
     if image := os.environ.get("BROADBEAM_E2E_OPERATOR_IMAGE"):
         repository, _, tag = image.rpartition(":")
-        command += [f"--set=operator.image.repository={repository},operator.image.tag={tag}"]
+        command += [f"--set-string=operator.image.repository={repository},operator.image.tag={tag}"]
     answer = subprocess.run(command, capture_output=True, text=True)
     assert answer.returncode == 0, answer.stdout + answer.stderr + cluster.last_logs()
 

@@ -124,6 +124,8 @@ def finished(sim: Serving, pod: str) -> float:
 
 
 def test_the_cluster_answers_while_the_operator_is_away_and_nothing_is_done_twice(sim: Serving) -> None:
+    sim.ask("Is there a current?")
+    eventually(lambda: (sim.condition("KVTransferEffective") or {}).get("status") == "True", 30, "KV moves")
     before = versions(sim)
     answered = Repeated(sim)
     (old,) = operator_pods(sim.cluster)

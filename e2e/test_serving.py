@@ -118,13 +118,13 @@ def test_a_wrong_request_is_answered_in_one_clear_line(sim: Serving) -> None:
 
 def test_what_only_the_operator_can_check_is_refused_in_the_status(sim: Serving) -> None:
     manifest = simulated(NAMESPACE, "long")
-    manifest["spec"]["pools"][1]["kvCache"]["memory"] = "1Mi"
+    manifest["spec"]["model"] |= {"name": "HuggingFaceTB/SmolLM2-135M-Instruct", "maxModelLen": 9000}
     sim.cluster.apply(manifest)
     refused = sim.cluster.serving(NAMESPACE, "long")
 
     condition = eventually(lambda: refused.condition("Accepted"), 20, "the operator has looked")
 
     assert condition["status"] == "False"
-    assert "spec.pools[decode].kvCache.memory: 1Mi holds" in condition["message"]
+    assert "spec.model.maxModelLen: 9000 tokens are above the " in condition["message"]
     assert refused.pods() == []
     refused.delete()
