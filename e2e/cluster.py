@@ -103,7 +103,7 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         """Start `kubectl proxy`, which knows every way to authenticate."""
-        command = [KUBECTL, f"--kubeconfig={self.kubeconfig}", "proxy", "--port=0"]
+        command = [str(KUBECTL), f"--kubeconfig={self.kubeconfig}", "proxy", "--port=0"]
         self._proxy = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_parent)
         assert self._proxy.stdout is not None
         line = self._proxy.stdout.readline()

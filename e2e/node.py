@@ -115,9 +115,9 @@ class Kubelet:
         }
         path = f"/api/v1/namespaces/{meta['namespace']}/serviceaccounts/{account}/token"
         answer = await self.api.call("POST", path, request)
-        folder = self.folder / "tokens" / meta["uid"]
+        folder = self.folder / "tokens" / str(meta["uid"])
         folder.mkdir(parents=True)
-        (folder / "token").write_text(answer["status"]["token"])
+        (folder / "token").write_text(str(answer["status"]["token"]))
         (folder / "ca.crt").write_bytes(self.ca_file.read_bytes())
         (folder / "namespace").write_text(meta["namespace"])
         return folder

@@ -92,7 +92,7 @@ def is_whole(answer: Answer) -> bool:
         return False
     if "text/event-stream" in answer.headers["Content-Type"]:
         return answer.body.rstrip().endswith("data: [DONE]") and '"error"' not in answer.body
-    return answer.json["choices"][0]["finish_reason"] == "length"
+    return bool(answer.json["choices"][0]["finish_reason"] == "length")
 
 
 def clear_error(answer: Answer) -> bool:
