@@ -19,7 +19,6 @@ import shutil
 import signal
 import sys
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 
 from api import Api, ApiError, Object, connect
@@ -27,15 +26,13 @@ from broadbeam_crds.conventions import ENV_HOSTS_FILE
 from broadbeam_operator.local.container import Backoff
 from broadbeam_operator.local.environment import Sources
 from broadbeam_operator.local.pods import Node, PodProcess, PodRunner, open_runner
+from dns import follow_names
 from namespaces import API_SERVER_ADDRESS, set_address
+from registration import MANAGER, NODE_NAME, register, renew_lease
 
-NODE_NAME = "e2e-node"
-NODE_ADDRESS = "10.77.0.2"
 TOKEN_S = 3607
 GONE = (404, 409, 422)  # the pod is gone, or there is another of its name
-LEASE_RENEWAL_S = 10.0
 INHERITED = ("HOME", "PYTHONPATH", "XDG_CACHE_HOME")  # what takes the place of an image
-LEASE_PATH = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases"
 
 # Runs before a pod's own command, in a mount namespace of its own. Client libraries have the path of the
 # service account written into them, and kopf the name kubernetes.default.svc. The folder comes from the
@@ -144,7 +141,7 @@ class Kubelet:
         }
         path = f"/api/v1/namespaces/{process.facts.namespace}/pods/{process.name}/status"
         try:
-            await self.api.apply(path, body, "e2e-node")
+            await self.api.apply(path, body, MANAGER)
         except ApiError as error:
             if error.status not in GONE:
                 raise
@@ -202,83 +199,6 @@ def in_mount_namespace(pod: Object) -> Object:
         if key in spec:
             spec[key] = [wrapped(container) for container in spec[key]]
     return {**pod, "spec": spec}
-
-
-async def follow_names(api: Api, hosts: Path) -> None:
-    """Keep `hosts` at what cluster DNS would answer for pods of headless Services."""
-    slices: dict[str, Object] = {}
-    async for kind, obj in api.watch("/apis/discovery.k8s.io/v1/endpointslices"):
-        if kind == "SYNC":
-            slices = {one["metadata"]["uid"]: one for one in obj["items"]}
-        elif kind == "DELETED":
-            slices.pop(obj["metadata"]["uid"], None)
-        else:
-            slices[obj["metadata"]["uid"]] = obj
-        partial = hosts.with_suffix(".partial")
-        partial.write_text("".join(f"{address} {name}\n" for address, name in names(slices.values())))
-        partial.replace(hosts)
-
-
-def names(slices: object) -> list[tuple[str, str]]:
-    """(address, name) of every routable endpoint with a hostname."""
-    found = []
-    for one in slices:  # type: ignore[attr-defined]
-        meta = one["metadata"]
-        service = (meta.get("labels") or {}).get("kubernetes.io/service-name")
-        for endpoint in one.get("endpoints") or ():
-            if service and endpoint.get("hostname") and endpoint["conditions"].get("ready", True):
-                domain = f"{endpoint['hostname']}.{service}.{meta['namespace']}.svc"
-                found += [
-                    (a, name) for a in endpoint["addresses"] for name in (domain, f"{domain}.cluster.local")
-                ]
-    return sorted(found)
-
-
-async def register(api: Api, gpus: int) -> None:
-    """Make the Node object and say that it is ready."""
-    capacity = {"cpu": "64", "memory": "512Gi", "ephemeral-storage": "1Ti", "pods": "500"}
-    if gpus:
-        capacity["nvidia.com/gpu"] = str(gpus)
-    labels = {"kubernetes.io/hostname": NODE_NAME, "kubernetes.io/os": "linux", "kubernetes.io/arch": "amd64"}
-    node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE_NAME, "labels": labels}}
-    await api.call("POST", "/api/v1/nodes", node)
-    ready = {"type": "Ready", "status": "True", "reason": "KubeletReady", "message": "runs pods as processes"}
-    ready |= {"lastHeartbeatTime": now(), "lastTransitionTime": now()}
-    status = {
-        "capacity": capacity,
-        "allocatable": capacity,
-        "conditions": [ready],
-        "addresses": [
-            {"type": "InternalIP", "address": NODE_ADDRESS},
-            {"type": "Hostname", "address": NODE_NAME},
-        ],
-        "nodeInfo": {"kubeletVersion": "v1.36.3"},
-    }
-    body = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE_NAME}, "status": status}
-    await api.apply(f"/api/v1/nodes/{NODE_NAME}/status", body, "e2e-node")
-
-
-async def renew_lease(api: Api) -> None:
-    """Say for ever that the node lives."""
-    while True:
-        body = {
-            "apiVersion": "coordination.k8s.io/v1",
-            "kind": "Lease",
-            "metadata": {"name": NODE_NAME, "namespace": "kube-node-lease"},
-            "spec": {"holderIdentity": NODE_NAME, "leaseDurationSeconds": 40, "renewTime": now()},
-        }
-        try:
-            await api.apply(f"{LEASE_PATH}/{NODE_NAME}", body, "e2e-node")
-        except ApiError as error:
-            if error.status != 404:  # the namespace is not there in the first second
-                raise
-            await asyncio.sleep(0.2)
-            continue
-        await asyncio.sleep(LEASE_RENEWAL_S)
-
-
-def now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def machine(api: Api, folder: Path) -> Node:
