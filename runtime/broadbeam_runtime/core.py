@@ -129,7 +129,7 @@ OnOutputs = Callable[[Sequence[Output]], None]
 
 
 class Engine(Protocol):
-    """Runs requests of one rank. Methods may be called from any thread; outputs come from the engine's own."""
+    """Runs requests of one rank. Methods may be called from any thread; outputs come from its own."""
 
     @property
     def model(self) -> ModelInfo: ...

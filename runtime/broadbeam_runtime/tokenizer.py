@@ -96,7 +96,8 @@ class HuggingFaceTokenizer:
         return str(self._fast.decode(ids, skip_special_tokens=skip_special_tokens))
 
     def token_bytes(self, token_id: int) -> bytes | None:
-        if (added := self._added.get(token_id)) is not None:
+        added: str | None = self._added.get(token_id)
+        if added is not None:
             return added.encode()
         if not self._byte_level:
             return None

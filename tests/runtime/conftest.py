@@ -84,9 +84,10 @@ class Pod:
         except OSError as error:
             return 0, str(error)
 
-    def post(self, path: str, body: Any, rank: int = 0) -> tuple[int, Any]:
+    def post(self, path: str, body: Any = None, rank: int = 0, port: int | None = None) -> tuple[int, Any]:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        request = urllib.request.Request(self.url(path, rank), data, {"content-type": "application/json"})
+        url = self.url(path, rank) if port is None else f"http://{self.host}:{port}{path}"
+        request = urllib.request.Request(url, data, {"content-type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=60) as response:
                 return response.status, json.load(response)

@@ -39,7 +39,9 @@ class KVConnector(Protocol):
     """Owned and called by the engine thread only; no method blocks for longer than a few microseconds,
     network work happens on the connector's own thread."""
 
-    wake: Callable[[], None]  # set by the engine; called, from any thread, when `released` or `pulled` have news
+    wake: Callable[
+        [], None
+    ]  # set by the engine; called, from any thread, when `released` or `pulled` have news
 
     def start(self, pool: torch.Tensor, layout: PoolLayout) -> None:
         """Register `pool`, (blocks, block_bytes) uint8, and listen on the side channel."""

@@ -6,6 +6,7 @@ its notification tells the prefill rank that all bytes have arrived.
 
 from __future__ import annotations
 
+import importlib
 import ipaddress
 import logging
 import uuid
@@ -54,8 +55,7 @@ class Peer:
 @contextmanager
 def _errors(what: str) -> Iterator[None]:
     """NIXL's exceptions, which share no base class, as TransferError."""
-    from nixl_cu13 import _bindings as bindings
-
+    bindings = importlib.import_module("nixl_cu13._bindings")  # compiled, and not listed by its package
     names = [name for name in dir(bindings) if name.startswith("nixl") and name.endswith("Error")]
     kinds = tuple(getattr(bindings, name) for name in names)
     try:

@@ -170,7 +170,7 @@ class PullConnector:
             if not poller.poll(0):
                 time.sleep(timeout_s)
         else:
-            poller.poll(timeout_s * 1000)
+            poller.poll(round(timeout_s * 1000))
         try:
             os.read(self._wake_read, 4096)
         except BlockingIOError:

@@ -44,12 +44,12 @@ class Pool:
     def __init__(self, pool: torch.Tensor, block_bytes: int) -> None:
         self._pool = pool
         self._block_bytes = block_bytes
-        self._view = memoryview(pool.view(-1).numpy()).cast("B") if pool.device.type == "cpu" else None
+        self._view = pool.view(-1).numpy().data.cast("B") if pool.device.type == "cpu" else None
 
     def runs(self, block_ids: Sequence[int]) -> list[memoryview]:
         """The blocks in order, neighbours joined, to be read."""
         if self._view is None:
-            return [memoryview(self._pool[list(block_ids)].cpu().view(-1).numpy()).cast("B")]
+            return [self._pool[list(block_ids)].cpu().view(-1).numpy().data.cast("B")]
         return self._slices(self._view, block_ids)
 
     def _slices(self, view: memoryview, block_ids: Sequence[int]) -> list[memoryview]:
@@ -65,7 +65,7 @@ class Pool:
         import torch
 
         host = torch.empty(len(block_ids), self._block_bytes, dtype=torch.uint8)
-        receive_into(sock, memoryview(host.view(-1).numpy()).cast("B"))
+        receive_into(sock, host.view(-1).numpy().data.cast("B"))
         self._pool[list(block_ids)] = host.to(self._pool.device)
 
 
