@@ -33,21 +33,10 @@ Grouping = Literal["dense", "contiguous", "masked"]
 
 
 @gluon.jit
-def _total_tiles(
-    tiles_m, tiles_n, group_ptr, experts, BM: gl.constexpr, MASKED: gl.constexpr, EXPERTS: gl.constexpr
-):
-    if MASKED:
-        layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-        e = gl.arange(0, EXPERTS, layout=layout)
-        count = gl.load(group_ptr + e, mask=e < experts, other=0)
-        return gl.sum((count + BM - 1) // BM, axis=0) * tiles_n
-    else:
-        return tiles_m * tiles_n
-
-
-@gluon.jit
 def _locate(
     tile,
+    cursor,
+    begin,
     tiles_m,
     tiles_n,
     group_ptr,
@@ -58,18 +47,21 @@ def _locate(
     GROUP: gl.constexpr,
     MASKED: gl.constexpr,
     CONTIGUOUS: gl.constexpr,
-    EXPERTS: gl.constexpr,
 ):
-    """A tile's number -> (first row, tile column, expert); expert -1 means: nothing to do."""
+    """A tile's number -> (first row, tile column, expert, cursor, begin); expert -1 means: nothing to do.
+
+    Masked tiles are found by walking the experts' counts: `cursor` is the expert whose first tile row is
+    number `begin`. Tile numbers only grow, so each program walks the counts once.
+    """
     if MASKED:
-        layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-        e = gl.arange(0, EXPERTS, layout=layout)
-        tiles = (gl.load(group_ptr + e, mask=e < experts, other=0) + BM - 1) // BM
-        ends = gl.associative_scan(tiles, 0, _add)
         m = tile // tiles_n
-        expert = gl.sum((ends <= m).to(gl.int32), axis=0)
-        before = gl.sum(gl.where(ends <= m, tiles, 0), axis=0)
-        return expert * slots + (m - before) * BM, tile % tiles_n, expert
+        rows = (gl.load(group_ptr + gl.minimum(cursor, experts - 1)) + BM - 1) // BM
+        while (cursor < experts) & (m >= begin + rows):
+            begin += rows
+            cursor += 1
+            rows = (gl.load(group_ptr + gl.minimum(cursor, experts - 1)) + BM - 1) // BM
+        expert = gl.where(cursor < experts, cursor, -1)
+        return expert * slots + (m - begin) * BM, tile % tiles_n, expert, cursor, begin
     else:
         per_group = GROUP * tiles_n
         group = tile // per_group
@@ -80,12 +72,7 @@ def _locate(
         expert = 0
         if CONTIGUOUS:
             expert = gl.load(group_ptr + (m * BM) // BLOCK_ROWS)
-        return m * BM, within // size, expert
-
-
-@gluon.jit
-def _add(a, b):
-    return a + b
+        return m * BM, within // size, expert, cursor, begin
 
 
 @gluon.jit
@@ -98,9 +85,11 @@ def _next(stage, phase, STAGES: gl.constexpr):
 def _produce(
     a_desc,
     b_desc,
+    scale_desc,
     group_ptr,
     a_bufs,
     b_bufs,
+    scale_bufs,
     full,
     empty,
     tiles_m,
@@ -109,42 +98,40 @@ def _produce(
     experts,
     slots,
     expert_rows,
+    scale_step,
     BM: gl.constexpr,
     BN: gl.constexpr,
     BK: gl.constexpr,
     STAGES: gl.constexpr,
     BLOCK_ROWS: gl.constexpr,
     GROUP: gl.constexpr,
+    SCALED: gl.constexpr,
     MASKED: gl.constexpr,
     CONTIGUOUS: gl.constexpr,
-    EXPERTS: gl.constexpr,
 ):
-    total = _total_tiles(tiles_m, tiles_n, group_ptr, experts, BM, MASKED, EXPERTS)
+    SCALE_BYTES: gl.constexpr = BM * 4 if SCALED else 0
     stage = 0
     phase = 1
-    for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        row, n, expert = _locate(
-            tile,
-            tiles_m,
-            tiles_n,
-            group_ptr,
-            experts,
-            slots,
-            BM,
-            BLOCK_ROWS,
-            GROUP,
-            MASKED,
-            CONTIGUOUS,
-            EXPERTS,
-        )
+    cursor = 0
+    begin = 0
+    for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+        row, n, expert, cursor, begin = _locate(
+            tile, cursor, begin, tiles_m, tiles_n, group_ptr, experts, slots, BM, BLOCK_ROWS, GROUP, MASKED, CONTIGUOUS
+        )  # fmt: skip
         if expert >= 0:
             b_row = expert * expert_rows + n * BN
+            scale_at = row
+            if MASKED:  # an expert's scales are (steps, slots)
+                scale_at += expert * slots * (steps - 1)
             for step in range(steps):
                 ready = full.index(stage)
                 mbarrier.wait(empty.index(stage), phase)
-                mbarrier.expect(ready, a_desc.block_type.nbytes + b_desc.block_type.nbytes)
+                mbarrier.expect(ready, a_desc.block_type.nbytes + b_desc.block_type.nbytes + SCALE_BYTES)
                 tma.async_copy_global_to_shared(a_desc, [row, step * BK], ready, a_bufs.index(stage))
                 tma.async_copy_global_to_shared(b_desc, [b_row, step * BK], ready, b_bufs.index(stage))
+                if SCALED:
+                    at = scale_at + step * scale_step
+                    tma.async_copy_global_to_shared(scale_desc, [at], ready, scale_bufs.index(stage))
                 stage, phase = _next(stage, phase, STAGES)
 
 
@@ -158,13 +145,10 @@ def _write(c_desc, c_buf, acc, row, column):
 
 @gluon.jit
 def _scaled_tile(
-    a_scale,
     b_scale,
-    in_use,
-    a_scale_row,
-    a_scale_step,
     a_bufs,
     b_bufs,
+    scale_bufs,
     full,
     empty,
     stage,
@@ -172,48 +156,25 @@ def _scaled_tile(
     steps,
     part,
     HALF: gl.constexpr,
-    SUB: gl.constexpr,
     BN: gl.constexpr,
     STAGES: gl.constexpr,
     mma: gl.constexpr,
 ):
     """One output tile: the product of each 128 columns of K, scaled into the accumulators."""
     acc = gl.zeros([64, BN], gl.float32, mma)
-    acc2 = acc
     weight = gl.load(b_scale)
-    scale = gl.load(a_scale, mask=in_use > 0, other=0.0)
-    scale2 = scale
-    if SUB == 2:
-        scale2 = gl.load(a_scale + 64 * a_scale_row, mask=in_use > 64, other=0.0)
     for step in range(steps):
-        # The next step's scales are on their way while this step's product runs: fetched in time, they would
-        # stall the warpgroup for a whole trip to L2 before it may issue.
-        ahead = gl.minimum(step + 1, steps - 1)
-        next_weight = gl.load(b_scale + ahead)
-        next_scale = gl.load(a_scale + ahead * a_scale_step, mask=in_use > 0, other=0.0)
-        next_scale2 = next_scale
-        if SUB == 2:
-            low = a_scale + 64 * a_scale_row + ahead * a_scale_step
-            next_scale2 = gl.load(low, mask=in_use > 64, other=0.0)
+        next_weight = gl.load(b_scale + gl.minimum(step + 1, steps - 1))
         mbarrier.wait(full.index(stage), phase)
-        a = a_bufs.index(stage)
-        b = b_bufs.index(stage).permute((1, 0))
-        token = warpgroup_mma(a.slice(HALF, 64, dim=0), b, part, use_acc=False, is_async=True)
+        a = a_bufs.index(stage).slice(HALF, 64, dim=0)
+        token = warpgroup_mma(a, b_bufs.index(stage).permute((1, 0)), part, use_acc=False, is_async=True)
+        scale = scale_bufs.index(stage).slice(HALF, 64, dim=0).load(gl.SliceLayout(1, mma))
         part = warpgroup_mma_wait(0, deps=[token])
-        if SUB == 2:
-            acc += part * (scale * weight)[:, None]
-            token = warpgroup_mma(a.slice(HALF + 64, 64, dim=0), b, part, use_acc=False, is_async=True)
-            part = warpgroup_mma_wait(0, deps=[token])
-            mbarrier.arrive(empty.index(stage), count=1)
-            acc2 += part * (scale2 * weight)[:, None]
-        else:
-            mbarrier.arrive(empty.index(stage), count=1)
-            acc += part * (scale * weight)[:, None]
+        mbarrier.arrive(empty.index(stage), count=1)
+        acc += part * (scale * weight)[:, None]
         stage, phase = _next(stage, phase, STAGES)
         weight = next_weight
-        scale = next_scale
-        scale2 = next_scale2
-    return acc, acc2, part, stage, phase
+    return acc, part, stage, phase
 
 
 @gluon.jit
@@ -234,7 +195,6 @@ def _plain_tile(
     """One output tile with one product always in flight: a stage is handed back when the next one has begun."""
     acc = gl.zeros([64, BN], gl.float32, mma)
     acc2 = acc
-    before = stage
     for step in range(steps):
         mbarrier.wait(full.index(stage), phase)
         a = a_bufs.index(stage)
@@ -245,25 +205,24 @@ def _plain_tile(
             acc, acc2 = warpgroup_mma_wait(2, deps=[token, token2])
         else:
             acc = warpgroup_mma_wait(1, deps=[token])
-        mbarrier.arrive(empty.index(before), count=1, pred=step > 0)
-        before = stage
+        mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), count=1, pred=step > 0)
         stage, phase = _next(stage, phase, STAGES)
     if SUB == 2:
         acc, acc2 = warpgroup_mma_wait(0, deps=[acc, acc2])
     else:
         acc = warpgroup_mma_wait(0, deps=[acc])
-    mbarrier.arrive(empty.index(before), count=1)
+    mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), count=1)
     return acc, acc2, stage, phase
 
 
 @gluon.jit
 def _consume(
     c_desc,
-    a_scale_ptr,
     b_scale_ptr,
     group_ptr,
     a_bufs,
     b_bufs,
+    scale_bufs,
     c_buf,
     full,
     empty,
@@ -272,10 +231,6 @@ def _consume(
     steps,
     experts,
     slots,
-    rows,
-    a_scale_expert,
-    a_scale_row,
-    a_scale_step,
     b_scale_rows,
     WARPGROUP: gl.constexpr,
     SUB: gl.constexpr,
@@ -287,53 +242,32 @@ def _consume(
     SCALED: gl.constexpr,
     MASKED: gl.constexpr,
     CONTIGUOUS: gl.constexpr,
-    EXPERTS: gl.constexpr,
 ):
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 32 if SCALED else 16])
     HALF: gl.constexpr = WARPGROUP * 64 * SUB  # this warpgroup's first row within the tile
-    total = _total_tiles(tiles_m, tiles_n, group_ptr, experts, BM, MASKED, EXPERTS)
     stage = 0
     phase = 0
-    lane = gl.arange(0, 64, layout=gl.SliceLayout(1, mma))
+    cursor = 0
+    begin = 0
     if SCALED:
         part = gl.zeros([64, BN], gl.float32, mma)
-    for tile in range(gl.program_id(0), total, gl.num_programs(0)):
-        row, n, expert = _locate(
-            tile,
-            tiles_m,
-            tiles_n,
-            group_ptr,
-            experts,
-            slots,
-            BM,
-            BLOCK_ROWS,
-            GROUP,
-            MASKED,
-            CONTIGUOUS,
-            EXPERTS,
-        )
+    for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+        row, n, expert, cursor, begin = _locate(
+            tile, cursor, begin, tiles_m, tiles_n, group_ptr, experts, slots, BM, BLOCK_ROWS, GROUP, MASKED, CONTIGUOUS
+        )  # fmt: skip
         if expert >= 0:
-            first = row + HALF
             if SCALED:
-                local = lane + first
-                a_scale = a_scale_ptr
-                limit = rows
-                if MASKED:
-                    local -= expert * slots
-                    a_scale += expert * a_scale_expert
-                    limit = slots
                 b_scale = b_scale_ptr + (expert * b_scale_rows + (n * BN) // 128) * steps
-                acc, acc2, part, stage, phase = _scaled_tile(
-                    a_scale + local * a_scale_row, b_scale, limit - local, a_scale_row, a_scale_step,
-                    a_bufs, b_bufs, full, empty, stage, phase, steps, part, HALF, SUB, BN, STAGES, mma,
+                acc, part, stage, phase = _scaled_tile(
+                    b_scale, a_bufs, b_bufs, scale_bufs, full, empty, stage, phase, steps, part, HALF, BN, STAGES, mma
                 )  # fmt: skip
             else:
                 acc, acc2, stage, phase = _plain_tile(
                     a_bufs, b_bufs, full, empty, stage, phase, steps, HALF, SUB, BN, STAGES, mma
                 )
-            _write(c_desc, c_buf, acc, first, n * BN)
+            _write(c_desc, c_buf, acc, row + HALF, n * BN)
             if SUB == 2:
-                _write(c_desc, c_buf, acc2, first + 64, n * BN)
+                _write(c_desc, c_buf, acc2, row + HALF + 64, n * BN)
     tma.store_wait(0)
 
 
@@ -342,7 +276,7 @@ def _gemm_kernel(
     a_desc,
     b_desc,
     c_desc,
-    a_scale_ptr,
+    scale_desc,
     b_scale_ptr,
     group_ptr,
     tiles_m,
@@ -350,11 +284,8 @@ def _gemm_kernel(
     steps,
     experts,
     slots,
-    rows,
     expert_rows,
-    a_scale_expert,
-    a_scale_row,
-    a_scale_step,
+    scale_step,
     b_scale_rows,
     SUB: gl.constexpr,
     BM: gl.constexpr,
@@ -366,12 +297,14 @@ def _gemm_kernel(
     SCALED: gl.constexpr,
     MASKED: gl.constexpr,
     CONTIGUOUS: gl.constexpr,
-    EXPERTS: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     a_bufs = gl.allocate_shared_memory(a_desc.dtype, [STAGES, BM, BK], a_desc.layout)
     b_bufs = gl.allocate_shared_memory(b_desc.dtype, [STAGES, BN, BK], b_desc.layout)
     c_bufs = gl.allocate_shared_memory(c_desc.dtype, [2, 64, BN], c_desc.layout)
+    scale_bufs = b_bufs
+    if SCALED:
+        scale_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BM], scale_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -382,18 +315,19 @@ def _gemm_kernel(
     gl.warp_specialize(
         [
             (_consume, (
-                c_desc, a_scale_ptr, b_scale_ptr, group_ptr, a_bufs, b_bufs, c_bufs.index(0), full, empty,
-                tiles_m, tiles_n, steps, experts, slots, rows, a_scale_expert, a_scale_row, a_scale_step,
-                b_scale_rows, gl.constexpr(0), SUB, BM, BN, STAGES, BLOCK_ROWS, GROUP, SCALED, MASKED, CONTIGUOUS, EXPERTS,
+                c_desc, b_scale_ptr, group_ptr, a_bufs, b_bufs, scale_bufs, c_bufs.index(0), full, empty,
+                tiles_m, tiles_n, steps, experts, slots, b_scale_rows,
+                gl.constexpr(0), SUB, BM, BN, STAGES, BLOCK_ROWS, GROUP, SCALED, MASKED, CONTIGUOUS,
             )),
             (_consume, (
-                c_desc, a_scale_ptr, b_scale_ptr, group_ptr, a_bufs, b_bufs, c_bufs.index(1), full, empty,
-                tiles_m, tiles_n, steps, experts, slots, rows, a_scale_expert, a_scale_row, a_scale_step,
-                b_scale_rows, gl.constexpr(1), SUB, BM, BN, STAGES, BLOCK_ROWS, GROUP, SCALED, MASKED, CONTIGUOUS, EXPERTS,
+                c_desc, b_scale_ptr, group_ptr, a_bufs, b_bufs, scale_bufs, c_bufs.index(1), full, empty,
+                tiles_m, tiles_n, steps, experts, slots, b_scale_rows,
+                gl.constexpr(1), SUB, BM, BN, STAGES, BLOCK_ROWS, GROUP, SCALED, MASKED, CONTIGUOUS,
             )),
             (_produce, (
-                a_desc, b_desc, group_ptr, a_bufs, b_bufs, full, empty, tiles_m, tiles_n, steps, experts, slots,
-                expert_rows, BM, BN, BK, STAGES, BLOCK_ROWS, GROUP, MASKED, CONTIGUOUS, EXPERTS,
+                a_desc, b_desc, scale_desc, group_ptr, a_bufs, b_bufs, scale_bufs, full, empty,
+                tiles_m, tiles_n, steps, experts, slots, expert_rows, scale_step,
+                BM, BN, BK, STAGES, BLOCK_ROWS, GROUP, SCALED, MASKED, CONTIGUOUS,
             )),
         ],
         [4, 1],
@@ -414,6 +348,19 @@ def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(x, block, layout)
 
 
+def _scale_descriptor(scales: Tensor, block: int) -> tuple[TensorDescriptor, int]:
+    """Column-major scales as one flat run, and the distance between columns."""
+    if scales.stride(-2) != 1 or (
+        scales.dim() == 3 and scales.stride(0) != scales.shape[1] * scales.shape[2]
+    ):
+        scales = scales.transpose(-1, -2).contiguous().transpose(-1, -2)
+    step = scales.stride(-1) if scales.shape[-1] > 1 else scales.shape[-2]
+    length = scales.numel() if scales.dim() == 3 else step * (scales.shape[1] - 1) + scales.shape[0]
+    flat = scales.as_strided((length,), (1,))
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
+    return TensorDescriptor(flat, [length], [1], [block], layout), step
+
+
 def launch(
     a: Tensor,
     b: Tensor,
@@ -429,35 +376,30 @@ def launch(
 ) -> None:
     """out (rows, n) = a (rows, k) @ b[expert] (n, k).T with the arguments already checked.
 
-    b is (experts * n, k) dense rows. Scaled (FP8) products take a_scales (rows, k / 128), or (experts, slots, k / 128) when masked, in any strides and
-    b_scales (experts, n / 128, k / 128) contiguous. `groups`: expert of each `block_rows` rows (contiguous,
-    -1 for none), or rows in use of each expert's `slots` rows (masked). `tile`: SUB, BN, STAGES, GROUP.
+    b is (experts * n, k) dense rows. Scaled (FP8) products take a_scales (rows, k / 128), or (experts, slots,
+    k / 128) when masked, and b_scales (experts, n / 128, k / 128) contiguous; a_scales that are not
+    column-major are copied first. `groups`: expert of each `block_rows` rows (contiguous, -1 for none), or
+    rows in use of each expert's `slots` rows (masked). `tile`: SUB, BN, STAGES, GROUP.
     """
-    scaled = a_scales is not None
     rows, k = a.shape
     n = out.shape[1]
     bm, bn, bk = 128 * tile["SUB"], tile["BN"], 128 // a.element_size()
-    experts = b.shape[0] // n
     tiles_m, tiles_n = -(-rows // bm), -(-n // bn)
-    grid = min(multiprocessors(a.device.index), tiles_m * tiles_n)
-    anything = out if groups is None else groups
-    _gemm_kernel[(grid,)](
+    scale_desc, scale_step = _scale_descriptor(a_scales, bm) if a_scales is not None else (None, 0)
+    _gemm_kernel[(min(multiprocessors(a.device.index), tiles_m * tiles_n),)](
         _descriptor(a, [bm, bk]),
         _descriptor(b, [bn, bk]),
         _descriptor(out, [64, bn]),
-        a_scales if a_scales is not None else anything,
-        b_scales if b_scales is not None else anything,
-        anything,
+        scale_desc,
+        b_scales,
+        groups,
         tiles_m,
         tiles_n,
         -(-k // bk),
-        experts,
+        b.shape[0] // n,
         slots,
-        rows,
         n,
-        a_scales.stride(0) if a_scales is not None else 0,
-        a_scales.stride(-2) if a_scales is not None else 0,
-        a_scales.stride(-1) if a_scales is not None else 0,
+        scale_step,
         -(-n // 128),
         SUB=tile["SUB"],
         BM=bm,
@@ -466,9 +408,8 @@ def launch(
         STAGES=tile["STAGES"],
         BLOCK_ROWS=max(block_rows, 1),
         GROUP=tile["GROUP"],
-        SCALED=scaled,
+        SCALED=a_scales is not None,
         MASKED=grouping == "masked",
         CONTIGUOUS=grouping == "contiguous",
-        EXPERTS=1 << max(5, (experts - 1).bit_length()),
         num_warps=4,
     )

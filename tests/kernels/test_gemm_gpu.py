@@ -7,12 +7,18 @@ import torch
 from torch import Tensor
 
 from broadbeam_kernels.formats import (
+    MXFP4,
+    NVFP4,
+    Mxfp4,
+    Nvfp4,
     FP8_BLOCK128,
     FP8_BLOCK128_COLUMN,
     FP8_BLOCK128_WEIGHT,
     Fp8Block,
     Quantized,
 )
+from broadbeam_kernels.fp4_gemm import fp4_gemm, grouped_fp4_gemm
+from broadbeam_kernels.fp4_weights import Fp4Weights, decode_fp4_weights, prepare_fp4_weights
 from broadbeam_kernels.fp8_gemm import fp8_gemm, grouped_fp8_gemm, masked_fp8_gemm
 from broadbeam_kernels.grouped_gemm import grouped_gemm
 from broadbeam_kernels.quantize import quantize
@@ -114,3 +120,32 @@ def test_scales_of_the_wrong_shape_are_refused() -> None:
     bad = Quantized(b.values, b.scales[:, :1], b.format, b.shape)
     with pytest.raises(ValueError, match="b_scales has shape"):
         fp8_gemm(a, bad)
+
+
+def fp4(experts: int, n: int, k: int, fmt: Nvfp4 | Mxfp4) -> Fp4Weights:
+    return prepare_fp4_weights([quantize(gaussian(n, k), fmt) for _ in range(experts)])
+
+
+@pytest.mark.parametrize("fmt", [NVFP4, MXFP4], ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 16, 17, 64, 65, 300])
+@pytest.mark.parametrize(("n", "k"), [(128, 128), (264, 1024), (2880, 2944)])
+def test_fp4_gemm_matches(fmt: Nvfp4 | Mxfp4, rows: int, n: int, k: int) -> None:
+    x, w = gaussian(rows, k), fp4(1, n, k, fmt)
+    assert relative_difference(fp4_gemm(x, w), x.double() @ decode_fp4_weights(w, 0).double().T) < BOUND
+
+
+def test_fp4_gemm_takes_fp8_activations() -> None:
+    x, w = quantize(gaussian(33, 1024), FP8_BLOCK128), fp4(1, 256, 1024, NVFP4)
+    want = decode_rows(x.values, x.scales, torch.float64) @ decode_fp4_weights(w, 0).double().T
+    assert relative_difference(fp4_gemm(x, w), want) < BOUND
+
+
+@pytest.mark.parametrize("fmt", [NVFP4, MXFP4], ids=str)
+@pytest.mark.parametrize("block", [16, 32, 64, 128, 256])
+def test_grouped_fp4_gemm_matches(fmt: Nvfp4 | Mxfp4, block: int) -> None:
+    x, w = gaussian(9 * block, 512), fp4(4, 264, 512, fmt)
+    index = torch.randint(0, 4, (9,), dtype=torch.int32, device="cuda")
+    got = grouped_fp4_gemm(x, w, index)
+    for i, e in enumerate(index.tolist()):
+        rows = slice(i * block, (i + 1) * block)
+        assert relative_difference(got[rows], x[rows].double() @ decode_fp4_weights(w, e).double().T) < BOUND

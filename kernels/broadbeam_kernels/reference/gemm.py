@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..fp4_weights import Fp4Weights, decode_fp4_weights
+
 
 def decode_rows(a: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """e4m3 (..., k) with 1x128 scales (..., k / 128) -> `dtype`."""
@@ -54,4 +56,15 @@ def grouped_gemm(a: Tensor, b: Tensor, experts: Tensor, block: int, out: Tensor)
         if expert >= 0:
             rows = slice(i * block, (i + 1) * block)
             out[rows] = (a[rows].float() @ b[expert].float().T).to(out.dtype)
+    return out
+
+
+def fp4_gemm(x: Tensor, w: Fp4Weights, experts: Tensor | None, block: int, out: Tensor) -> Tensor:
+    """x times FP4 weights decoded from their tiles, plain (`experts` None) or grouped, written to `out`."""
+    if experts is None:
+        return out.copy_(x.float() @ decode_fp4_weights(w, 0).T)
+    for i, expert in enumerate(experts.tolist()):
+        if expert >= 0:
+            rows = slice(i * block, (i + 1) * block)
+            out[rows] = (x[rows].float() @ decode_fp4_weights(w, expert).T).to(out.dtype)
     return out

@@ -1,0 +1,1 @@
+"""Benchmarks: each operation against its floor and its peers, all measured in the same run."""

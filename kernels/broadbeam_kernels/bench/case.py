@@ -1,0 +1,113 @@
+"""What is timed, what it is compared with, and the ceilings of the device it runs on."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+import torch
+
+from ..testing import Timer
+
+Call = Callable[[], object]
+Bound = Literal["memory", "fp8", "bf16"]
+Row = dict[str, Any]
+
+PEER_ERRORS = (RuntimeError, ValueError, TypeError, ImportError, AttributeError, OSError, AssertionError)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one shape.
+
+    bytes and flops: the least the operation must move and compute. bound: which ceiling `fraction` is of.
+    peers: name -> builder of the peer's call; a builder or call that raises is reported with its error.
+    """
+
+    operation: str
+    shape: str
+    call: Call
+    bytes: int
+    flops: int = 0
+    bound: Bound = "memory"
+    peers: Mapping[str, Callable[[], Call]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Measured on the device in this run: GB/s of a large copy (read + write) and TFLOP/s of 8192^3 products."""
+
+    copy_gb_s: float
+    fp8_tflop_s: float
+    bf16_tflop_s: float
+
+    def least_s(self, case: Case) -> float:
+        """The time in which the device could at best do `case`, by its bound."""
+        if case.bound == "memory":
+            return case.bytes / (self.copy_gb_s * 1e9)
+        rate = self.fp8_tflop_s if case.bound == "fp8" else self.bf16_tflop_s
+        return case.flops / (rate * 1e12)
+
+
+def measure_ceilings(timer: Timer) -> Ceilings:
+    """A 1 GiB copy, and 8192^3 products through torch (FP8 with one scale per tensor, bf16), on random data."""
+    source = torch.empty(1 << 30, dtype=torch.int8, device="cuda").random_()
+    target = torch.empty_like(source)
+    copy_ms = timer.median_ms(lambda: target.copy_(source))
+    del source, target
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    bf16_ms = timer.median_ms(lambda: a @ a.t())
+    b = a.to(torch.float8_e4m3fn)
+    one = torch.ones((), device="cuda")
+    fp8_ms = timer.median_ms(lambda: torch._scaled_mm(b, b.t(), one, one, out_dtype=torch.bfloat16))
+    flops = 2 * 8192**3
+    return Ceilings((2 << 30) / copy_ms / 1e6, flops / fp8_ms / 1e9, flops / bf16_ms / 1e9)
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that a timing depends on."""
+    found = {"torch": torch.__version__}
+    for name in ("triton", "sgl-deep-gemm", "flashinfer-python"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    found["driver"] = _driver()
+    return found
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S607
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.split("\n", 1)[0].strip()
+
+
+def _peer(build: Callable[[], Call], timer: Timer, ours_ms: float) -> Row:
+    try:
+        ms = timer.median_ms(build())
+    except PEER_ERRORS as error:  # the peer's door, not ours: it is named with what it said
+        return {"error": f"{type(error).__name__}: {error}".split("\n", 1)[0][:160]}
+    return {"median_us": round(ms * 1e3, 2), "ratio": round(ms / ours_ms, 3)}
+
+
+def time_case(case: Case, timer: Timer, ceilings: Ceilings) -> Row:
+    """One line of `baselines.jsonl`, less device and versions. ratio = peer's time / ours: above 1 we win."""
+    ms = timer.median_ms(case.call)
+    return {
+        "operation": case.operation,
+        "shape": case.shape,
+        "median_us": round(ms * 1e3, 2),
+        "bytes": case.bytes,
+        "flops": case.flops,
+        "bound": case.bound,
+        "gb_s": round(case.bytes / ms / 1e6, 1),
+        "tflop_s": round(case.flops / ms / 1e9, 1),
+        "fraction": round(ceilings.least_s(case) / (ms / 1e3), 3),
+        "peers": {name: _peer(build, timer, ms) for name, build in case.peers.items()},
+    }

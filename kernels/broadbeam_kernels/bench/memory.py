@@ -1,0 +1,188 @@
+"""Cases of the operations that memory bounds, at the sizes their bars name. `torch` runs the oracle eagerly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ..add_rms_norm import add_rms_norm
+from ..concat_mla_k import concat_mla_k
+from ..finalize import finalize
+from ..formats import (
+    FP8_BLOCK128,
+    FP8_BLOCK128_COLUMN,
+    FP8_BLOCK128_WEIGHT,
+    MXFP4,
+    NVFP4,
+    NVFP4_SWIZZLED,
+    Format,
+    Fp8Block,
+    Mxfp4,
+    Nvfp4,
+)
+from ..nvfp4 import quantize_nvfp4
+from ..pad_quant import pad_quant
+from ..quantize import dequantize, quantize
+from ..reference import layout, norm, rope
+from ..reference import quantize as oracle
+from ..reference import silu_mul_quant as silu_oracle
+from ..rope_quantize import LatentCache, Rotary, rope_quantize
+from ..silu_mul_quant import silu_mul_quant, silu_mul_quant_masked
+from ..testing import gaussian, nbytes
+from . import peers
+from .case import Call, Case
+
+ROWS, HIDDEN = 8192, 7168
+E4M3 = torch.float8_e4m3fn
+FORMATS: dict[str, Format] = {
+    "mxfp4": MXFP4,
+    "fp8 1x128 row": FP8_BLOCK128,
+    "fp8 1x128 column": FP8_BLOCK128_COLUMN,
+    "fp8 1x128 ue8m0": Fp8Block(scale="ue8m0"),
+    "fp8 128x128": FP8_BLOCK128_WEIGHT,
+}
+
+
+def _eager_quantize(x: torch.Tensor, fmt: Format, g: torch.Tensor | None = None) -> Call:
+    match fmt:
+        case Nvfp4():
+            return lambda: oracle.quantize_nvfp4(x, fmt, g)
+        case Mxfp4():
+            return lambda: oracle.quantize_mxfp4(x, fmt)
+        case Fp8Block():
+            return lambda: oracle.quantize_fp8_block(x, fmt)
+
+
+def quantizers() -> Iterator[Case]:
+    """Quantise and dequantise every format at 8192 x 7168."""
+    x, shape = gaussian(ROWS, HIDDEN), f"{ROWS}x{HIDDEN}"
+    g = torch.tensor([3.0], device="cuda")
+    for name, nv in (("nvfp4 linear", NVFP4), ("nvfp4 swizzled", NVFP4_SWIZZLED)):
+        coded = quantize_nvfp4(x, nv, g)
+        moved = nbytes(x) + coded.nbytes
+        eager = {"torch": lambda nv=nv: _eager_quantize(x, nv, g)}
+        yield Case("quantize", f"{name} {shape}", lambda nv=nv: quantize_nvfp4(x, nv, g), moved, peers=eager)
+        yield Case("dequantize", f"{name} {shape}", lambda c=coded: dequantize(c), moved)
+    # A computed global scale needs the tensor's maximum first: one more reading of it.
+    moved = 2 * nbytes(x) + quantize(x, NVFP4).nbytes
+    yield Case("quantize", f"nvfp4 linear, computed global {shape}", lambda: quantize(x, NVFP4), moved)
+    for name, fmt in FORMATS.items():
+        packed = quantize(x, fmt)
+        moved = nbytes(x) + packed.nbytes
+        eager = {"torch": lambda fmt=fmt: _eager_quantize(x, fmt)}
+        yield Case("quantize", f"{name} {shape}", lambda fmt=fmt: quantize(x, fmt), moved, peers=eager)
+        yield Case("dequantize", f"{name} {shape}", lambda p=packed: dequantize(p), moved)
+
+
+def silu() -> Iterator[Case]:
+    """SiLU-mul-quant, flat and masked."""
+    y = gaussian(ROWS, 2 * HIDDEN)
+    moved = nbytes(y) + ROWS * HIDDEN * 33 // 32
+    eager = {"torch": lambda: lambda: silu_oracle.silu_mul_quant(y, FP8_BLOCK128)}
+    yield Case("silu_mul_quant", f"flat {ROWS}x{HIDDEN}", lambda: silu_mul_quant(y), moved, peers=eager)
+    slots, hidden = 1024, 2048
+    masked = gaussian(32, slots, 2 * hidden)
+    for used in (slots, 256):
+        count = torch.full((32,), used, dtype=torch.int32, device="cuda")
+        moved = 32 * used * (4 * hidden + hidden * 33 // 32)
+        yield Case(
+            "silu_mul_quant",
+            f"masked 32x{slots}x{hidden}, {used} used",
+            lambda count=count: silu_mul_quant_masked(masked, count),
+            moved,
+        )
+
+
+def concat() -> Iterator[Case]:
+    """concat_mla_k, 128 heads of 128 + 64."""
+    for dtype, sizes in ((torch.bfloat16, (128, 2048, 8192, 32768)), (E4M3, (8192,))):
+        for tokens in sizes:
+            nope = gaussian(tokens, 128, 128).to(dtype)
+            rotary = gaussian(tokens, 64).to(dtype)
+            out = torch.empty(tokens, 128, 192, dtype=dtype, device="cuda")
+            yield Case(
+                "concat_mla_k",
+                f"{str(dtype)[6:]} {tokens} tokens",
+                lambda n=nope, r=rotary, o=out: concat_mla_k(n, r, o),
+                nbytes(nope, rotary, out),
+                peers={
+                    "flashinfer": lambda n=nope, r=rotary, o=out: peers.flashinfer_concat(n, r, o),
+                    "torch": lambda n=nope, r=rotary, o=out: (
+                        lambda: layout.concat_mla_k(n, r.unsqueeze(1), o)
+                    ),
+                },
+            )
+
+
+def rotary() -> Iterator[Case]:
+    """RoPE + quantise + Q write + KV-cache write: decode (absorbed, 512 + 64) and prefill (128 + 64)."""
+    angles = torch.rand(8192, 32, device="cuda") * 6.28
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
+    for name, nope, sizes in (("decode", 512, (1, 64, 256, 1024, 4096)), ("prefill", 128, (1024, 4096))):
+        for tokens in sizes:
+            q, kv = gaussian(tokens, 128, nope + 64), gaussian(tokens, 576)
+            positions = torch.arange(tokens, device="cuda")
+            turn = Rotary(cos_sin, positions)
+            for cache_type in (E4M3, torch.bfloat16) if tokens == 4096 else (E4M3,):
+                cache = torch.zeros(tokens, 576, device="cuda").to(cache_type)
+                kept = LatentCache(kv[:, :512], cache, positions)
+                out = torch.empty(tokens, 128, nope + 64, dtype=E4M3, device="cuda")
+                others = {}
+                if cache_type == E4M3:
+                    others["flashinfer"] = lambda q=q, kv=kv, p=positions, n=nope: peers.flashinfer_rope(
+                        q, kv, cos_sin, p, n
+                    )
+                if cache_type == E4M3 and tokens == 4096:
+                    others["torch"] = lambda q=q, kv=kv, n=nope, t=turn, k=kept, o=out: (
+                        lambda: rope.rope_quantize(q[..., :n], q[..., n:], kv[:, 512:], t, k, o, 1.0, None)
+                    )
+                yield Case(
+                    "rope_quantize",
+                    f"{name} {tokens} tokens, {str(cache_type)[6:]} cache",
+                    lambda q=q, kv=kv, n=nope, t=turn, k=kept, o=out: rope_quantize(
+                        q[..., :n], q[..., n:], kv[:, 512:], t, k, out=o
+                    ),
+                    nbytes(q, kv, out, cache),
+                    peers=others,
+                )
+
+
+def norms() -> Iterator[Case]:
+    """Residual add + RMSNorm, with and without FP8 codes."""
+    x, residual, weight = gaussian(ROWS, HIDDEN), gaussian(ROWS, HIDDEN), gaussian(HIDDEN)
+    formats: dict[str, Fp8Block | None] = {"bf16": None, "fp8 1x128": FP8_BLOCK128}
+    for name, fmt in formats.items():
+        written = 2 * x.numel() if fmt is None else x.numel() * 33 // 32
+        yield Case(
+            "add_rms_norm",
+            f"{name} {ROWS}x{HIDDEN}",
+            lambda fmt=fmt: add_rms_norm(x, residual, weight, 1e-6, fmt),
+            3 * nbytes(x) + written,
+            peers={
+                "torch": lambda fmt=fmt: lambda: norm.add_rms_norm(x, residual, weight, 1e-6, fmt),
+            },
+        )
+
+
+def layouts() -> Iterator[Case]:
+    """Pad + quant and finalize + slice at gpt-oss's 2880 of 3072."""
+    x = gaussian(16384, 2880)
+    for fmt, name, size in ((FP8_BLOCK128, "fp8 1x128", 33 / 32), (MXFP4, "mxfp4", 17 / 32)):
+        yield Case(
+            "pad_quant",
+            f"{name} 16384x2880 to 3072",
+            lambda fmt=fmt: pad_quant(x, 3072, fmt),
+            nbytes(x) + int(16384 * 3072 * size),
+            peers={"torch": lambda fmt=fmt: lambda: layout.pad_quant(x, 3072, fmt)},
+        )
+    y = gaussian(ROWS * 8, 3072)
+    rows = torch.randperm(ROWS * 8, device="cuda").int().view(ROWS, 8)
+    weights = torch.rand(ROWS, 8, device="cuda")
+    yield Case(
+        "finalize",
+        f"{ROWS} tokens, 8 experts, 2880 of 3072",
+        lambda: finalize(y, rows, weights, 2880),
+        ROWS * 2880 * 2 * 9 + nbytes(rows, weights),
+        peers={"torch": lambda: lambda: layout.finalize(y, rows, weights, 2880)},
+    )

@@ -1,0 +1,369 @@
+"""NVFP4 and MXFP4 weight GEMM, plain and grouped: packed weights, bf16 or FP8 activations, on any Hopper.
+
+At decode sizes the packed weights' bytes bound it, at prefill sizes the bf16 tensor cores. Weights take the
+tensor core's row side so that its register operand is theirs: codes become bf16 in registers (exactly: a code
+times an e4m3 scale has six significant bits) and never exist unpacked in memory. One warp keeps packed tiles and
+activations coming through the bulk copy engine; two warpgroups own 64 weight rows each.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# (the bodies of kernels are Triton, not Python: mypy cannot type them)
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .contracts import check, check_shape, check_tensor
+from .formats import Fp8Block, Nvfp4, Quantized, align
+from .fp4_weights import Fp4Weights
+from .fp8_block import dequantize_fp8_block
+from .reference import gemm as oracle
+from .tuning import config, multiprocessors
+
+# One word (8 codes) and the scales of its two rows -> four registers of the tensor core's operand. The codes
+# decode to 2^-126 times their value (code 1 a denormal bf16), the scales to 2^117 times theirs; $10 and $11
+# stand for the scale's shift and exponent offset.
+_DECODE = """{
+.reg .b32 a0, a1, a2, a3, t, s0, s1;
+prmt.b32 s0, $9, 0, 0x4040;
+prmt.b32 s1, $9, 0, 0x4141;
+mad.lo.u32 s0, s0, SCALE, OFFSET;
+mad.lo.u32 s1, s1, SCALE, OFFSET;
+and.b32 a0, $8, 0x81C081C0;
+shl.b32 t, $8, 3;
+and.b32 a1, t, 0x81C081C0;
+shl.b32 t, $8, 6;
+and.b32 a2, t, 0x81C081C0;
+shl.b32 t, $8, 1;
+and.b32 a3, t, 0x80008000;
+shr.b32 t, $8, 5;
+and.b32 t, t, 0x01000100;
+or.b32 a3, a3, t;
+shr.b32 t, $8, 4;
+and.b32 t, t, 0x00C000C0;
+or.b32 a3, a3, t;
+mul.rn.bf16x2 a0, a0, s0;
+mul.rn.bf16x2 a1, a1, s1;
+mul.rn.bf16x2 a2, a2, s0;
+mul.rn.bf16x2 a3, a3, s1;
+mov.b32 {$0, $1}, a0;
+mov.b32 {$2, $3}, a1;
+mov.b32 {$4, $5}, a2;
+mov.b32 {$6, $7}, a3;
+}"""
+# e5m3 scales: shift by 4, exponent + 234; E8M0 scales: shift by 7, exponent + 117 (in both halves).
+_DECODE_NVFP4 = gl.constexpr(_DECODE.replace("SCALE", "16").replace("OFFSET", "0x75007500"))
+_DECODE_MXFP4 = gl.constexpr(_DECODE.replace("SCALE", "128").replace("OFFSET", "0x3A803A80"))
+_CONSTRAINTS = gl.constexpr("=h,=h,=h,=h,=h,=h,=h,=h,r,r")
+
+
+@gluon.jit
+def _next(stage, phase, STAGES: gl.constexpr):
+    last = stage == STAGES - 1
+    return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
+
+
+@gluon.jit
+def _locate(
+    tile, tiles_m, tiles_n, group_ptr, BM: gl.constexpr, BLOCK_ROWS: gl.constexpr, GROUP: gl.constexpr,
+    SPLIT: gl.constexpr, GROUPED: gl.constexpr,
+):  # fmt: skip
+    """A tile's number -> (tile row, tile column, expert, split); expert -1 means: nothing to do."""
+    split = tile % SPLIT
+    rest = tile // SPLIT
+    per_group = GROUP * tiles_n
+    group = rest // per_group
+    first = group * GROUP
+    size = gl.minimum(tiles_m - first, GROUP)
+    within = rest - group * per_group
+    m = first + within % size
+    expert = 0
+    if GROUPED:
+        expert = gl.load(group_ptr + (m * BM) // BLOCK_ROWS)
+    return m, within // size, expert, split
+
+
+@gluon.jit
+def _produce(
+    x_desc, code_desc, scale_desc, group_ptr, x_bufs, code_bufs, scale_bufs, full, empty,
+    tiles_m, tiles_n, steps,
+    BM: gl.constexpr, STAGES: gl.constexpr, BLOCK_ROWS: gl.constexpr, GROUP: gl.constexpr,
+    SPLIT: gl.constexpr, GROUPED: gl.constexpr,
+):  # fmt: skip
+    BYTES: gl.constexpr = (
+        code_desc.block_type.nbytes + scale_desc.block_type.nbytes + 2 * x_desc.block_type.nbytes
+    )
+    stage = 0
+    phase = 1
+    for tile in range(gl.program_id(0), tiles_m * tiles_n * SPLIT, gl.num_programs(0)):
+        m, n, expert, split = _locate(
+            tile, tiles_m, tiles_n, group_ptr, BM, BLOCK_ROWS, GROUP, SPLIT, GROUPED
+        )
+        if expert >= 0:
+            block = (expert * tiles_n + n) * steps
+            for step in range(split * steps // SPLIT, (split + 1) * steps // SPLIT):
+                ready = full.index(stage)
+                mbarrier.wait(empty.index(stage), phase)
+                mbarrier.expect(ready, BYTES)
+                tma.async_copy_global_to_shared(
+                    code_desc, [(block + step) * 8, 0], ready, code_bufs.index(stage)
+                )
+                tma.async_copy_global_to_shared(
+                    scale_desc, [(block + step) * 4, 0], ready, scale_bufs.index(stage)
+                )
+                tma.async_copy_global_to_shared(x_desc, [m * BM, step * 128], ready, x_bufs.index(stage * 2))
+                tma.async_copy_global_to_shared(
+                    x_desc, [m * BM, step * 128 + 64], ready, x_bufs.index(stage * 2 + 1)
+                )
+                stage, phase = _next(stage, phase, STAGES)
+
+
+@gluon.jit
+def _operand(code_buf, scale_buf, part, mma: gl.constexpr, NVFP4: gl.constexpr):
+    """A 64 x 64 tile of codes and scales in shared memory -> the tensor core's left operand, in registers."""
+    # (warp, g, t, word pair, word): a thread of the warpgroup and its four words.
+    thread: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 0, 0, 0, 1], [0, 0, 0, 1, 0]],
+        [[0, 0, 1, 0, 0], [0, 0, 2, 0, 0], [0, 1, 0, 0, 0], [0, 2, 0, 0, 0], [0, 4, 0, 0, 0]],
+        [[1, 0, 0, 0, 0], [2, 0, 0, 0, 0]],
+        [],
+        [4, 8, 4, 2, 2],
+    )
+    flat: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2]], [[0, 4], [0, 8], [0, 16], [0, 32], [0, 64]], [[0, 128], [1, 0]], [], [2, 256]
+    )
+    words = code_buf.slice(part * 2, 2, dim=0).load(flat).reshape([4, 8, 4, 2, 2])
+    words = gl.convert_layout(words, thread, assert_trivial=True)
+    if NVFP4:
+        four: gl.constexpr = gl.DistributedLinearLayout(
+            [[0, 1], [0, 2]], [[0, 0], [0, 0], [0, 4], [0, 8], [0, 16]], [[0, 32], [0, 64]], [], [1, 128]
+        )
+        raw = scale_buf.slice(part, 1, dim=0).load(four).to(gl.int32).reshape([4, 8, 2, 2])
+        raw = gl.convert_layout(raw, gl.SliceLayout(2, thread), assert_trivial=True)
+        scales = gl.expand_dims(raw, 2)
+    else:
+        two: gl.constexpr = gl.DistributedLinearLayout(
+            [[0, 1]], [[0, 0], [0, 0], [0, 2], [0, 4], [0, 8]], [[0, 16], [0, 32]], [], [1, 64]
+        )
+        raw = scale_buf.slice(part, 1, dim=0).load(two).to(gl.int32).reshape([4, 8, 2])
+        raw = gl.convert_layout(raw, gl.SliceLayout(2, gl.SliceLayout(4, thread)))
+        scales = gl.expand_dims(gl.expand_dims(raw, 2), 4)
+    words, scales = gl.broadcast(words, scales)
+    asm: gl.constexpr = _DECODE_NVFP4 if NVFP4 else _DECODE_MXFP4
+    o0, o1, o2, o3, o4, o5, o6, o7 = gl.inline_asm_elementwise(
+        asm,
+        _CONSTRAINTS,
+        [words, scales],
+        dtype=(
+            gl.bfloat16,
+            gl.bfloat16,
+            gl.bfloat16,
+            gl.bfloat16,
+            gl.bfloat16,
+            gl.bfloat16,
+            gl.bfloat16,
+            gl.bfloat16,
+        ),
+        is_pure=True,
+        pack=1,
+    )
+    near = gl.join(gl.join(o0, o1), gl.join(o2, o3))  # (..., pair, row half) of the word's first 8 columns
+    far = gl.join(gl.join(o4, o5), gl.join(o6, o7))
+    both = gl.join(near, far)  # (warp, g, t, word pair, word, pair, row half, column half)
+    tile = both.permute((0, 6, 1, 3, 4, 7, 2, 5)).reshape([64, 64])
+    return gl.convert_layout(tile, gl.DotOperandLayout(0, mma, 2), assert_trivial=True)
+
+
+@gluon.jit
+def _consume(
+    out_desc, alpha_ptr, group_ptr, x_bufs, code_bufs, scale_bufs, out_buf, full, empty,
+    tiles_m, tiles_n, steps,
+    WARPGROUP: gl.constexpr, BM: gl.constexpr, STAGES: gl.constexpr, BLOCK_ROWS: gl.constexpr,
+    GROUP: gl.constexpr, SPLIT: gl.constexpr, GROUPED: gl.constexpr, NVFP4: gl.constexpr,
+):  # fmt: skip
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
+    stage = 0
+    phase = 0
+    for tile in range(gl.program_id(0), tiles_m * tiles_n * SPLIT, gl.num_programs(0)):
+        m, n, expert, split = _locate(
+            tile, tiles_m, tiles_n, group_ptr, BM, BLOCK_ROWS, GROUP, SPLIT, GROUPED
+        )
+        if expert >= 0:
+            acc = gl.zeros([64, BM], gl.float32, mma)
+            for _ in range(split * steps // SPLIT, (split + 1) * steps // SPLIT):
+                mbarrier.wait(full.index(stage), phase)
+                codes = code_bufs.index(stage)
+                scales = scale_bufs.index(stage)
+                first = _operand(codes, scales, WARPGROUP * 2, mma, NVFP4)
+                token = warpgroup_mma(first, x_bufs.index(stage * 2).permute((1, 0)), acc, is_async=True)
+                # The second half decodes while the first one's product runs.
+                second = _operand(codes, scales, WARPGROUP * 2 + 1, mma, NVFP4)
+                token = warpgroup_mma(
+                    second, x_bufs.index(stage * 2 + 1).permute((1, 0)), token, is_async=True
+                )
+                acc, first, second = warpgroup_mma_wait(0, deps=[token, first, second])
+                mbarrier.arrive(empty.index(stage), count=1)
+                stage, phase = _next(stage, phase, STAGES)
+            alpha = gl.load(alpha_ptr + expert)
+            tma.store_wait(0)
+            out_buf.store((acc * alpha).to(out_desc.dtype).permute((1, 0)))
+            fence_async_shared()
+            row = (split * tiles_m + m) * BM
+            tma.async_copy_shared_to_global(out_desc, [row, n * 128 + WARPGROUP * 64], out_buf)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _gemm_kernel(
+    x_desc, code_desc, scale_desc, out_desc, alpha_ptr, group_ptr, tiles_m, tiles_n, steps,
+    BM: gl.constexpr, STAGES: gl.constexpr, BLOCK_ROWS: gl.constexpr, GROUP: gl.constexpr,
+    SPLIT: gl.constexpr, GROUPED: gl.constexpr, NVFP4: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES * 2, BM, 64], x_desc.layout)
+    code_bufs = gl.allocate_shared_memory(code_desc.dtype, [STAGES, 8, 256], code_desc.layout)
+    scale_bufs = gl.allocate_shared_memory(
+        scale_desc.dtype, [STAGES, 4, 128 if NVFP4 else 64], scale_desc.layout
+    )
+    out_bufs = gl.allocate_shared_memory(out_desc.dtype, [2, BM, 64], out_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    # Literals and constexprs stay compile-time values only when they are written inside the call.
+    gl.warp_specialize(
+        [
+            (_consume, (
+                out_desc, alpha_ptr, group_ptr, x_bufs, code_bufs, scale_bufs, out_bufs.index(0), full, empty,
+                tiles_m, tiles_n, steps,
+                gl.constexpr(0), BM, STAGES, BLOCK_ROWS, GROUP, SPLIT, GROUPED, NVFP4,
+            )),
+            (_consume, (
+                out_desc, alpha_ptr, group_ptr, x_bufs, code_bufs, scale_bufs, out_bufs.index(1), full, empty,
+                tiles_m, tiles_n, steps,
+                gl.constexpr(1), BM, STAGES, BLOCK_ROWS, GROUP, SPLIT, GROUPED, NVFP4,
+            )),
+            (_produce, (
+                x_desc, code_desc, scale_desc, group_ptr, x_bufs, code_bufs, scale_bufs, full, empty,
+                tiles_m, tiles_n, steps, BM, STAGES, BLOCK_ROWS, GROUP, SPLIT, GROUPED,
+            )),
+        ],
+        [4, 1],
+        [232, 32],
+    )  # fmt: skip
+
+
+@triton.jit
+def _sum_kernel(part_ptr, out_ptr, total, stride, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.zeros((BLOCK,), tl.float32)
+    for i in tl.static_range(SPLIT):
+        value += tl.load(part_ptr + i * stride + at, mask=at < total, other=0.0)
+    tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=at < total)
+
+
+def _plain(x: Tensor, block: list[int]) -> TensorDescriptor:
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=x.element_size() * 8, rank=2)
+    return TensorDescriptor.from_tensor(x, block, layout)
+
+
+def _swizzled(x: Tensor, block: list[int]) -> TensorDescriptor:
+    kind = gl.float32 if x.dtype == torch.float32 else gl.bfloat16
+    return TensorDescriptor.from_tensor(x, block, gl.NVMMASharedLayout.get_default_for(block, kind))
+
+
+def _launch(x: Tensor, w: Fp4Weights, experts: Tensor | None, block: int, out: Tensor) -> None:
+    rows, k = x.shape
+    n = w.shape[1]
+    nvfp4 = isinstance(w.format, Nvfp4)
+    operation = "fp4_gemm" if experts is None else "grouped_fp4_gemm"
+    tile = config(operation, x.device, rows=rows, n=n, k=k, block=block)
+    bm, split = min(tile["BM"], block or tile["BM"]), min(tile["SPLIT"], k // 128)
+    tiles_m, tiles_n = triton.cdiv(rows, bm), align(n, 128) // 128
+    target = out
+    if split > 1:
+        target = torch.empty((split * tiles_m * bm, n), dtype=torch.float32, device=x.device)
+    _gemm_kernel[(min(multiprocessors(x.device.index), tiles_m * tiles_n * split),)](
+        _swizzled(x, [bm, 64]),
+        _plain(w.codes.view(-1, 256), [8, 256]),
+        _plain(w.scales.view(-1, 128 if nvfp4 else 64), [4, 128 if nvfp4 else 64]),
+        _swizzled(target, [bm, 64]),
+        w.alpha,
+        experts,
+        tiles_m,
+        tiles_n,
+        k // 128,
+        BM=bm,
+        STAGES=tile["STAGES"],
+        BLOCK_ROWS=max(block, 1),
+        GROUP=tile["GROUP"],
+        SPLIT=split,
+        GROUPED=experts is not None,
+        NVFP4=nvfp4,
+        num_warps=4,
+    )
+    if split > 1:
+        _sum_kernel[(triton.cdiv(out.numel(), 1024),)](
+            target, out, out.numel(), tiles_m * bm * n, SPLIT=split, BLOCK=1024
+        )
+
+
+def _activations(x: Tensor | Quantized, w: Fp4Weights) -> Tensor:
+    if isinstance(x, Quantized):
+        check(isinstance(x.format, Fp8Block), f"x is in {x.format}, expected bf16 or FP8 blocks")
+        # One rounding to bf16 (2^-9) on values that carry e4m3's 2^-4.
+        x = dequantize_fp8_block(x, torch.bfloat16)
+    check_tensor("x", x, 2, (torch.bfloat16,), like=w.codes)
+    check(x.shape[1] == w.shape[2], f"x has k={x.shape[1]}, the weights have k={w.shape[2]}")
+    check(x.stride(1) == 1 and x.stride(0) % 8 == 0, "x's rows must be dense and 16-byte aligned")
+    check(w.shape[1] % 8 == 0, f"n={w.shape[1]} is not a multiple of 8")
+    return x
+
+
+def fp4_gemm(x: Tensor | Quantized, w: Fp4Weights) -> Tensor:
+    """x (rows, k) bf16 or FP8 1x128 @ w (n, k).T, w prepared NVFP4 or MXFP4 of one expert -> (rows, n) bf16.
+
+    Weights enter exactly; sums in float32. n a multiple of 8. Source of the semantics: W4A16 as Marlin has it.
+    """
+    check(w.shape[0] == 1, f"w holds {w.shape[0]} experts, expected 1 (see grouped_fp4_gemm)")
+    x = _activations(x, w)
+    out = torch.empty((x.shape[0], w.shape[1]), dtype=x.dtype, device=x.device)
+    if not x.is_cuda:
+        return oracle.fp4_gemm(x, w, None, 0, out)
+    if x.shape[0]:
+        _launch(x, w, None, 0, out)
+    return out
+
+
+def grouped_fp4_gemm(x: Tensor | Quantized, w: Fp4Weights, experts: Tensor) -> Tensor:
+    """Each block of rows of x (rows, k) times its expert's weights -> (rows, n) bf16.
+
+    experts int32 (rows / block), -1 for a block to skip (its output is not written); blocks of 16, 32, 64, 128
+    or 256 rows: decode packs its few tokens per expert into small blocks.
+    """
+    x = _activations(x, w)
+    check_tensor("experts", experts, 1, (torch.int32,), like=x)
+    rows = x.shape[0]
+    block = rows // max(experts.numel(), 1)
+    check_shape("x", x, (block * experts.numel(), w.shape[2]))
+    check(not rows or block in (16, 32, 64, 128, 256), f"blocks of {block} rows, expected 16 to 256")
+    out = torch.empty((rows, w.shape[1]), dtype=x.dtype, device=x.device)
+    if not x.is_cuda:
+        return oracle.fp4_gemm(x, w, experts, block, out)
+    if rows:
+        _launch(x, w, experts, block, out)
+    return out

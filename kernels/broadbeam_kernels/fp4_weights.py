@@ -1,0 +1,139 @@
+"""FP4 weights as the matrix kernel reads them: prepared once at load, never unpacked in memory.
+
+A 64 x 64 tile is what one warpgroup feeds to the tensor core from registers, so its codes lie thread by thread:
+16 bytes a thread, one 32-bit word for each 16 columns. The eight codes of a word are spread over its two 16-bit
+halves such that one shift and one mask put a code's three magnitude bits across exponent and mantissa of a bf16,
+and its sign where a sign belongs:
+
+    bits of a half   15   14   13   12   11 10   9    8..6  5..3  2..0
+    code             s0   s3   3.2  s1   3.1 3.0 s2   m0    m1    m2
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .contracts import check
+from .formats import Mxfp4, Nvfp4, Quantized, align
+from .reference.quantize import unpack, unswizzle
+
+# The kernel multiplies 2^-126 times a code's value by 2^117 times its scale.
+UNSCALE = 512.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fp4Weights:
+    """(experts, n, k) weights in `format`: codes int32, scales int16, alpha float32 (experts,), all on one device.
+
+    n is padded to 128 with zeros in the tiles. alpha is the factor that turns the kernel's sums into values:
+    512 over the expert's global scale.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    alpha: Tensor
+    format: Nvfp4 | Mxfp4
+    shape: tuple[int, int, int]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes a product reads: codes and scales."""
+        return self.codes.nbytes + self.scales.nbytes
+
+
+def _words(codes: Tensor) -> Tensor:
+    """(rows, k) codes -> int32 (rows / 128, k / 128, 2, 2, 128 threads, 4 words)."""
+    rows, k = codes.shape
+    # row = tile, half, warp, row half, g; column = step, half, word, k half, t, pair
+    tiles = codes.reshape(rows // 128, 2, 4, 2, 8, k // 128, 2, 4, 2, 4, 2).to(torch.int32)
+    tiles = tiles.permute(0, 5, 1, 6, 2, 4, 9, 7, 10, 8, 3)  # ... warp g t word pair (k half, row half)
+    c0, c1, c2, c3 = tiles.flatten(-2).unbind(-1)
+    half = ((c0 & 8) << 12) | ((c0 & 7) << 6) | ((c1 & 8) << 9) | ((c1 & 7) << 3) | ((c2 & 8) << 6) | (c2 & 7)
+    half = half | ((c3 & 8) << 11) | ((c3 & 4) << 11) | ((c3 & 3) << 10)
+    word = half[..., 0] | (half[..., 1] << 16)
+    return word.reshape(rows // 128, k // 128, 2, 2, 128, 4).contiguous()
+
+
+def _scale_tiles(scales: Tensor, per_step: int) -> Tensor:
+    """(rows, blocks) scale bytes -> int16 (rows / 128, steps, 2, 2, 32, blocks of 64 columns)."""
+    rows, blocks = scales.shape
+    part = per_step // 2
+    tiles = scales.reshape(rows // 128, 2, 4, 2, 8, blocks // per_step, 2, part)
+    tiles = tiles.permute(0, 5, 1, 6, 2, 4, 7, 3).contiguous()  # ... warp g block (row half)
+    return tiles.view(torch.int16).reshape(rows // 128, blocks // per_step, 2, 2, 32, part)
+
+
+def _e5m3(scales: Tensor) -> Tensor:
+    """Positive e4m3 -> 8 bits of exponent + 10 and 3 bits of mantissa: no denormals, zero stays 0."""
+    mantissa, exponent = torch.frexp(scales.float())  # value = mantissa * 2^exponent, mantissa in [0.5, 1)
+    bits = ((exponent + 9).to(torch.int32) << 3) | (mantissa * 16 - 8).to(torch.int32)
+    return torch.where(scales.float() > 0, bits, torch.zeros_like(bits)).to(torch.uint8)
+
+
+def prepare_fp4_weights(weights: list[Quantized]) -> Fp4Weights:
+    """One quantised (n, k) matrix per expert -> tiles for `fp4_gemm` and `grouped_fp4_gemm`.
+
+    All in one format and shape; k a multiple of 128. MXFP4 exponents above 2^10 do not fit the kernel's
+    arithmetic and are refused.
+    """
+    check(len(weights) > 0, "no weights given")
+    fmt, (n, k) = weights[0].format, weights[0].shape
+    assert isinstance(fmt, Nvfp4 | Mxfp4)
+    check(all(q.format == fmt and q.shape == (n, k) for q in weights), "weights differ in format or shape")
+    check(k % 128 == 0, f"k={k} is not a multiple of 128")
+    padding = (0, 0, 0, align(n, 128) - n)
+    words, tiles, alpha = [], [], []
+    for q in weights:
+        scales = unswizzle(q.scales, n, k // fmt.block) if fmt.scales == "swizzled" else q.scales
+        codes = unpack(q.values)
+        if isinstance(fmt, Nvfp4):
+            assert q.global_scale is not None
+            zero = (scales.float() == 0).repeat_interleave(fmt.block, 1)
+            codes = torch.where(zero, torch.zeros_like(codes), codes)
+            scales = _e5m3(scales)
+            alpha.append(UNSCALE / float(q.global_scale.item()))
+        else:
+            check(int(scales.max().item()) <= 137 if scales.numel() else True, "an MXFP4 scale is above 2^10")
+            alpha.append(UNSCALE)
+        words.append(_words(F.pad(codes, padding)))
+        tiles.append(_scale_tiles(F.pad(scales, padding), 128 // fmt.block))
+    device = weights[0].values.device
+    return Fp4Weights(
+        torch.stack(words),
+        torch.stack(tiles),
+        torch.tensor(alpha, dtype=torch.float32, device=device),
+        fmt,
+        (len(weights), n, k),
+    )
+
+
+def decode_fp4_weights(w: Fp4Weights, expert: int) -> Tensor:
+    """float32 (n, k) of one expert, from the tiles: the inverse of `prepare_fp4_weights`, for the oracle."""
+    _, n, k = w.shape
+    padded = align(n, 128)
+    halves = torch.stack((w.codes[expert] & 0xFFFF, (w.codes[expert] >> 16) & 0xFFFF), dim=-1)
+    fields = (
+        (halves >> 12 & 8) | (halves >> 6 & 7),
+        (halves >> 9 & 8) | (halves >> 3 & 7),
+        (halves >> 6 & 8) | (halves & 7),
+        (halves >> 11 & 8) | (halves >> 11 & 4) | (halves >> 10 & 3),
+    )
+    tiles = torch.stack(fields, dim=-1).reshape(padded // 128, k // 128, 2, 2, 4, 8, 4, 4, 2, 2, 2)
+    codes = tiles.permute(0, 2, 4, 10, 5, 1, 3, 7, 9, 6, 8).reshape(padded, k)
+    part = 64 // w.format.block
+    raw = (
+        w.scales[expert].contiguous().view(torch.uint8).reshape(padded // 128, k // 128, 2, 2, 4, 8, part, 2)
+    )
+    raw = raw.permute(0, 2, 4, 7, 5, 1, 3, 6).reshape(padded, k // w.format.block).int()
+    if isinstance(w.format, Nvfp4):
+        scale = torch.where(raw > 0, torch.exp2(((raw >> 3) - 10).float()) * (1 + (raw & 7) / 8), 0.0)
+    else:
+        scale = torch.exp2((raw - 127).float())
+    magnitude = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=codes.device)[codes & 7]
+    values = torch.where(codes & 8 > 0, -magnitude, magnitude)
+    spread = scale.repeat_interleave(w.format.block, 1)
+    return (values * spread * (w.alpha[expert] / UNSCALE))[:n]
