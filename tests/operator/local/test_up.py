@@ -183,11 +183,12 @@ async def test_up_serves_until_ctrl_c_and_leaves_nothing(desk: Desk) -> None:
     [
         pytest.param(r"starting demo", id="at once"),
         pytest.param(r"decode-0-0: starting", id="while pods start"),
-        pytest.param(r"decode-0-0: waiting for its group", id="while groups join"),
+        pytest.param(r"decode-0-0 rank 0: loading", id="while ranks load"),
     ],
 )
 async def test_ctrl_c_before_the_cluster_is_available_exits_130(desk: Desk, moment: str) -> None:
-    command = await desk.start("up", desk.manifest())
+    slow = {"name": "sim", "sim": {"load": "60s"}}
+    command = await desk.start("up", desk.manifest(engine=slow))
     await command.until(moment)
     command.process.send_signal(signal.SIGINT)
     assert await command.end() == 130
