@@ -113,11 +113,11 @@ def test_a_lease_that_nobody_renews_expires(start: Start) -> None:
 
 
 def test_a_request_that_waits_keeps_its_lease(start: Start) -> None:
-    prefill, decode = start(lease_s=1.5), start(lease_s=1.5)
+    prefill, decode = start(lease_s=1), start(lease_s=1)
     prefill("fill", seed=3)
     params = prefill("hold", id="a", blocks=[7])
     decode("expect", id="x", params=params)
-    assert prefill("released", within_s=4) == []
+    assert prefill("released", within_s=2) == []
     decode("pull", id="x", params=params, blocks=[9])
     assert decode("pulled", within_s=20)[0]["error"] is None
     assert decode("bytes", blocks=[9]) == prefill("bytes", blocks=[7])

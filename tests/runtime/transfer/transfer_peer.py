@@ -14,6 +14,8 @@ from broadbeam_runtime.kv import connectors
 from broadbeam_runtime.kv.connector import PoolLayout
 from broadbeam_runtime.kv.nixl import environment
 
+PEER_TIMEOUT_S = 3.0
+
 
 def main(
     pipe: Connection, connector: str, host: str, blocks: int, block_bytes: int, lease_s: float, model: str
@@ -27,7 +29,7 @@ def main(
     )
     torch.set_num_threads(1)
     pool = torch.zeros(blocks, block_bytes, dtype=torch.uint8)
-    peer = connectors.create(config, host, 5600)
+    peer = connectors.create(config, host, 5600, PEER_TIMEOUT_S)
     assert peer is not None
     peer.start(pool, PoolLayout(model, "uint8", 16, block_bytes, 1, block_bytes // 16))
     while True:
