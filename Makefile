@@ -86,6 +86,7 @@ bench: setup ## figures as JSON lines: each a ratio or a floor measured in the s
 	@$(BIN)/python -m broadbeam_runtime.bench
 	@$(BIN)/python -m broadbeam_router.bench
 	@$(BIN)/python -m broadbeam_operator.bench
+	@$(BIN)/python -m broadbeam_operator.local.bench
 
 .PHONY: bench-kernels
 bench-kernels: setup ## kernel timings on the GPU at hand, against their floors and peers
