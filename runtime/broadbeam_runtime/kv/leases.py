@@ -37,6 +37,10 @@ class Leases:
     def __len__(self) -> int:
         return len(self._held)
 
+    @property
+    def being_read(self) -> bool:
+        return any(lease.reader is not None for lease in self._held.values())
+
     def hold(self, request_id: str, block_ids: Sequence[int], now: float) -> None:
         assert request_id not in self._held, f"{request_id} is held already"
         self._held[request_id] = Lease(tuple(block_ids), now + self._lease_s)

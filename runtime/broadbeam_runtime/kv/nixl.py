@@ -75,7 +75,9 @@ class NixlTransport:
         from nixl_cu13._api import nixl_agent, nixl_agent_config
 
         with _errors("register the KV pool"):
-            self._agent = nixl_agent(uuid.uuid4().hex, nixl_agent_config(backends=["UCX"]))
+            # Its progress thread would spin on a core for ever; `poll` and `finished` make progress too.
+            settings = nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
+            self._agent = nixl_agent(uuid.uuid4().hex, settings)
             if "UCX" not in self._agent.backends:
                 raise TransferError("NIXL has no UCX plugin here")
             self._registered = self._agent.register_memory(pool)

@@ -35,6 +35,7 @@ PEER_TIMEOUT_S = 10.0  # a peer that answers nothing for so long is lost
 IDLE_POLL_S = 1.0
 WAITING_POLL_S = 0.1  # requests wait here: heartbeats and time limits fall due
 HOLDING_POLL_S = 0.002  # notifications of finished reads wake no socket
+SERVING_POLL_S = 0.0005  # somebody reads from here, and some transports need this side's help
 READING_POLL_S = 0.0002
 
 
@@ -158,7 +159,7 @@ class PullConnector:
         if self._readers.reading:
             timeout_s = READING_POLL_S
         elif len(self._leases) and self._transport.notifies:
-            timeout_s = HOLDING_POLL_S
+            timeout_s = SERVING_POLL_S if self._leases.being_read else HOLDING_POLL_S
         else:
             timeout_s = self._until_next_event()
         poller = zmq.Poller()
