@@ -31,7 +31,7 @@ def check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def paired(x: Tensor) -> Tensor:
-    """`x` itself if its 16-bit values can be read as 32-bit pairs (dense aligned rows, even strides), or a copy."""
+    """`x` if its 16-bit values can be read as 32-bit pairs (dense aligned rows, even strides), or a copy."""
     addressable = (
         x.stride(-1) == 1 and x.data_ptr() % 4 == 0 and all(stride % 2 == 0 for stride in x.stride()[:-1])
     )

@@ -1,4 +1,4 @@
-"""Finalize + slice: gather each token's expert outputs, weigh, sum, and drop the padded columns in one launch.
+"""Finalize + slice: gather a token's expert outputs, weigh, sum, drop the padded columns, in one launch.
 
 Bound by memory: top-k * 2 bytes in and 2 out per value.
 """

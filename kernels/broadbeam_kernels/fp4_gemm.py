@@ -203,20 +203,25 @@ def _consume(
         )
         if expert >= 0:
             acc = gl.zeros([64, BM], gl.float32, mma)
-            for _ in range(split * steps // SPLIT, (split + 1) * steps // SPLIT):
+            second = gl.zeros([64, 64], gl.bfloat16, gl.DotOperandLayout(0, mma, 2))
+            begin = split * steps // SPLIT
+            for step in range(begin, (split + 1) * steps // SPLIT):
                 mbarrier.wait(full.index(stage), phase)
                 codes = code_bufs.index(stage)
                 scales = scale_bufs.index(stage)
+                # A tile decodes while the one before it multiplies; waiting for all but the newest product frees
+                # the older one's registers and, once it was a stage's last, the stage.
                 first = _operand(codes, scales, WARPGROUP * 2, mma, NVFP4)
                 token = warpgroup_mma(first, x_bufs.index(stage * 2).permute((1, 0)), acc, is_async=True)
-                # The second half decodes while the first one's product runs.
+                acc, second = warpgroup_mma_wait(1, deps=[token, second])
+                before = gl.where(stage == 0, STAGES - 1, stage - 1)
+                mbarrier.arrive(empty.index(before), count=1, pred=step > begin)
                 second = _operand(codes, scales, WARPGROUP * 2 + 1, mma, NVFP4)
-                token = warpgroup_mma(
-                    second, x_bufs.index(stage * 2 + 1).permute((1, 0)), token, is_async=True
-                )
-                acc, first, second = warpgroup_mma_wait(0, deps=[token, first, second])
-                mbarrier.arrive(empty.index(stage), count=1)
+                token = warpgroup_mma(second, x_bufs.index(stage * 2 + 1).permute((1, 0)), acc, is_async=True)
+                acc, first = warpgroup_mma_wait(1, deps=[token, first])
                 stage, phase = _next(stage, phase, STAGES)
+            acc, second = warpgroup_mma_wait(0, deps=[acc, second])
+            mbarrier.arrive(empty.index(gl.where(stage == 0, STAGES - 1, stage - 1)), count=1)
             alpha = gl.load(alpha_ptr + expert)
             tma.store_wait(0)
             out_buf.store((acc * alpha).to(out_desc.dtype).permute((1, 0)))
@@ -230,7 +235,8 @@ def _consume(
 def _gemm_kernel(
     x_desc, code_desc, scale_desc, out_desc, alpha_ptr, group_ptr, tiles_m, tiles_n, steps,
     BM: gl.constexpr, STAGES: gl.constexpr, BLOCK_ROWS: gl.constexpr, GROUP: gl.constexpr,
-    SPLIT: gl.constexpr, GROUPED: gl.constexpr, NVFP4: gl.constexpr, num_warps: gl.constexpr,
+    SPLIT: gl.constexpr, GROUPED: gl.constexpr, NVFP4: gl.constexpr, REGISTERS: gl.constexpr,
+    num_warps: gl.constexpr, maxnreg: gl.constexpr,
 ):  # fmt: skip
     x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES * 2, BM, 64], x_desc.layout)
     code_bufs = gl.allocate_shared_memory(code_desc.dtype, [STAGES, 8, 256], code_desc.layout)
@@ -263,7 +269,7 @@ def _gemm_kernel(
             )),
         ],
         [4, 1],
-        [232, 32],
+        [REGISTERS, 32],
     )  # fmt: skip
 
 
@@ -297,7 +303,8 @@ def _launch(x: Tensor, w: Fp4Weights, experts: Tensor | None, block: int, out: T
     target = out
     if split > 1:
         target = torch.empty((split * tiles_m * bm, n), dtype=torch.float32, device=x.device)
-    _gemm_kernel[(min(multiprocessors(x.device.index), tiles_m * tiles_n * split),)](
+    resident = tile["RESIDENT"]
+    _gemm_kernel[(min(multiprocessors(x.device.index) * resident, tiles_m * tiles_n * split),)](
         _swizzled(x, [bm, 64]),
         _plain(w.codes.view(-1, 256), [8, 256]),
         _plain(w.scales.view(-1, 128 if nvfp4 else 64), [4, 128 if nvfp4 else 64]),
@@ -314,7 +321,11 @@ def _launch(x: Tensor, w: Fp4Weights, experts: Tensor | None, block: int, out: T
         SPLIT=split,
         GROUPED=experts is not None,
         NVFP4=nvfp4,
+        # Few accumulators leave registers for a second program on each multiprocessor, whose decoding hides the
+        # waits of the first.
+        REGISTERS=232 if resident == 1 else 104,
         num_warps=4,
+        maxnreg=168 if resident == 1 else 80,
     )
     if split > 1:
         _sum_kernel[(triton.cdiv(out.numel(), 1024),)](

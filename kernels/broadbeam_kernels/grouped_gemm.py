@@ -1,4 +1,4 @@
-"""Grouped bf16 GEMM: each block of rows times its expert's weights. Tensor cores bound it, or weight bytes."""
+"""Grouped bf16 GEMM: each block of rows times its expert's weights. Tensor cores or weight bytes bound it."""
 
 from __future__ import annotations
 

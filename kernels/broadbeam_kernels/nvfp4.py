@@ -193,7 +193,7 @@ def quantize_nvfp4(x: Tensor, fmt: Nvfp4 = NVFP4, global_scale: Tensor | None = 
 
 
 def dequantize_nvfp4(q: Quantized, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """NVFP4 -> (rows, columns) bf16 or fp16: x = code * (scale / g), rounded once to float32, once to `dtype`."""
+    """NVFP4 -> (rows, columns) bf16 or fp16: x = code * (scale / g), rounded to float32, then to `dtype`."""
     assert isinstance(q.format, Nvfp4)
     check(q.global_scale is not None, "an NVFP4 tensor needs its global scale")
     check(dtype in HALF_TYPES, f"dtype is {dtype}, expected one of {', '.join(map(str, HALF_TYPES))}")

@@ -27,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .formats import align
 from .tuning import multiprocessors
 
 Grouping = Literal["dense", "contiguous", "masked"]
@@ -109,7 +110,9 @@ def _produce(
     MASKED: gl.constexpr,
     CONTIGUOUS: gl.constexpr,
 ):
-    SCALE_BYTES: gl.constexpr = BM * 4 if SCALED else 0
+    # With few rows only their part of the tile is fetched: what lies outside a tensor costs the copy engine time.
+    AROWS: gl.constexpr = a_desc.block_type.shape[0]
+    SCALE_BYTES: gl.constexpr = AROWS * 4 if SCALED else 0
     stage = 0
     phase = 1
     cursor = 0
@@ -127,11 +130,15 @@ def _produce(
                 ready = full.index(stage)
                 mbarrier.wait(empty.index(stage), phase)
                 mbarrier.expect(ready, a_desc.block_type.nbytes + b_desc.block_type.nbytes + SCALE_BYTES)
-                tma.async_copy_global_to_shared(a_desc, [row, step * BK], ready, a_bufs.index(stage))
+                tma.async_copy_global_to_shared(
+                    a_desc, [row, step * BK], ready, a_bufs.index(stage).slice(0, AROWS, dim=0)
+                )
                 tma.async_copy_global_to_shared(b_desc, [b_row, step * BK], ready, b_bufs.index(stage))
                 if SCALED:
                     at = scale_at + step * scale_step
-                    tma.async_copy_global_to_shared(scale_desc, [at], ready, scale_bufs.index(stage))
+                    tma.async_copy_global_to_shared(
+                        scale_desc, [0, at], ready, scale_bufs.index(stage).slice(0, AROWS, dim=1)
+                    )
                 stage, phase = _next(stage, phase, STAGES)
 
 
@@ -156,6 +163,7 @@ def _scaled_tile(
     steps,
     part,
     HALF: gl.constexpr,
+    BM: gl.constexpr,
     BN: gl.constexpr,
     STAGES: gl.constexpr,
     mma: gl.constexpr,
@@ -168,7 +176,7 @@ def _scaled_tile(
         mbarrier.wait(full.index(stage), phase)
         a = a_bufs.index(stage).slice(HALF, 64, dim=0)
         token = warpgroup_mma(a, b_bufs.index(stage).permute((1, 0)), part, use_acc=False, is_async=True)
-        scale = scale_bufs.index(stage).slice(HALF, 64, dim=0).load(gl.SliceLayout(1, mma))
+        scale = scale_bufs.index(stage).reshape([BM]).slice(HALF, 64, dim=0).load(gl.SliceLayout(1, mma))
         part = warpgroup_mma_wait(0, deps=[token])
         mbarrier.arrive(empty.index(stage), count=1)
         acc += part * (scale * weight)[:, None]
@@ -259,7 +267,7 @@ def _consume(
             if SCALED:
                 b_scale = b_scale_ptr + (expert * b_scale_rows + (n * BN) // 128) * steps
                 acc, part, stage, phase = _scaled_tile(
-                    b_scale, a_bufs, b_bufs, scale_bufs, full, empty, stage, phase, steps, part, HALF, BN, STAGES, mma
+                    b_scale, a_bufs, b_bufs, scale_bufs, full, empty, stage, phase, steps, part, HALF, BM, BN, STAGES, mma
                 )  # fmt: skip
             else:
                 acc, acc2, stage, phase = _plain_tile(
@@ -304,7 +312,7 @@ def _gemm_kernel(
     c_bufs = gl.allocate_shared_memory(c_desc.dtype, [2, 64, BN], c_desc.layout)
     scale_bufs = b_bufs
     if SCALED:
-        scale_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, BM], scale_desc.layout)
+        scale_bufs = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BM], scale_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -356,9 +364,10 @@ def _scale_descriptor(scales: Tensor, block: int) -> tuple[TensorDescriptor, int
         scales = scales.transpose(-1, -2).contiguous().transpose(-1, -2)
     step = scales.stride(-1) if scales.shape[-1] > 1 else scales.shape[-2]
     length = scales.numel() if scales.dim() == 3 else step * (scales.shape[1] - 1) + scales.shape[0]
-    flat = scales.as_strided((length,), (1,))
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=1)
-    return TensorDescriptor(flat, [length], [1], [block], layout), step
+    # One row of a matrix: a map of rank 1 made the copy engine fault.
+    flat = scales.as_strided((1, length), (align(length, 4), 1))
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    return TensorDescriptor(flat, [1, length], [align(length, 4), 1], [1, block], layout), step
 
 
 def launch(
@@ -385,9 +394,10 @@ def launch(
     n = out.shape[1]
     bm, bn, bk = 128 * tile["SUB"], tile["BN"], 128 // a.element_size()
     tiles_m, tiles_n = -(-rows // bm), -(-n // bn)
-    scale_desc, scale_step = _scale_descriptor(a_scales, bm) if a_scales is not None else (None, 0)
+    fetched = min(bm, max(16, 1 << (rows - 1).bit_length()))
+    scale_desc, scale_step = _scale_descriptor(a_scales, fetched) if a_scales is not None else (None, 0)
     _gemm_kernel[(min(multiprocessors(a.device.index), tiles_m * tiles_n),)](
-        _descriptor(a, [bm, bk]),
+        _descriptor(a, [fetched, bk]),
         _descriptor(b, [bn, bk]),
         _descriptor(out, [64, bn]),
         scale_desc,

@@ -24,7 +24,7 @@ def relative_difference(got: Tensor, want: Tensor) -> float:
 
 
 def poison(x: Tensor) -> Tensor:
-    """Fill the whole storage behind `x` with bytes 0xFF (NaN in every float type): what stays unwritten shows."""
+    """Fill the storage behind `x` with bytes 0xFF (NaN in every float type): what stays unwritten shows."""
     storage = torch.empty(0, dtype=torch.uint8, device=x.device)
     storage.set_(x.untyped_storage())
     storage.fill_(0xFF)

@@ -13,7 +13,7 @@ import torch
 from ..testing import Timer
 
 Call = Callable[[], object]
-Bound = Literal["memory", "fp8", "bf16"]
+Unit = Literal["fp8", "bf16"]
 Row = dict[str, Any]
 
 PEER_ERRORS = (RuntimeError, ValueError, TypeError, ImportError, AttributeError, OSError, AssertionError)
@@ -23,7 +23,7 @@ PEER_ERRORS = (RuntimeError, ValueError, TypeError, ImportError, AttributeError,
 class Case:
     """One operation at one shape.
 
-    bytes and flops: the least the operation must move and compute. bound: which ceiling `fraction` is of.
+    bytes and flops: the least the operation must move and compute; unit: the type the tensor cores multiply.
     peers: name -> builder of the peer's call; a builder or call that raises is reported with its error.
     """
 
@@ -32,32 +32,31 @@ class Case:
     call: Call
     bytes: int
     flops: int = 0
-    bound: Bound = "memory"
+    unit: Unit = "fp8"
     peers: Mapping[str, Callable[[], Call]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured on the device in this run: GB/s of a large copy (read + write) and TFLOP/s of 8192^3 products."""
+    """Measured in this run: GB/s of a large copy (read + write) and TFLOP/s of 8192^3 products."""
 
     copy_gb_s: float
     fp8_tflop_s: float
     bf16_tflop_s: float
 
-    def least_s(self, case: Case) -> float:
-        """The time in which the device could at best do `case`, by its bound."""
-        if case.bound == "memory":
-            return case.bytes / (self.copy_gb_s * 1e9)
-        rate = self.fp8_tflop_s if case.bound == "fp8" else self.bf16_tflop_s
-        return case.flops / (rate * 1e12)
+    def floor_s(self, case: Case) -> tuple[float, str]:
+        """The least time this device could take for `case`, and what sets it: `memory`, `fp8` or `bf16`."""
+        moving = case.bytes / (self.copy_gb_s * 1e9)
+        rate = self.fp8_tflop_s if case.unit == "fp8" else self.bf16_tflop_s
+        computing = case.flops / (rate * 1e12)
+        return max((moving, "memory"), (computing, case.unit))
 
 
 def measure_ceilings(timer: Timer) -> Ceilings:
-    """A 1 GiB copy, and 8192^3 products through torch (FP8 with one scale per tensor, bf16), on random data."""
+    """A 1 GiB copy, and 8192^3 products through torch (FP8 with one scale per tensor, bf16), random data."""
     source = torch.empty(1 << 30, dtype=torch.int8, device="cuda").random_()
     target = torch.empty_like(source)
     copy_ms = timer.median_ms(lambda: target.copy_(source))
-    del source, target
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     bf16_ms = timer.median_ms(lambda: a @ a.t())
     b = a.to(torch.float8_e4m3fn)
@@ -67,9 +66,14 @@ def measure_ceilings(timer: Timer) -> Ceilings:
     return Ceilings((2 << 30) / copy_ms / 1e6, flops / fp8_ms / 1e9, flops / bf16_ms / 1e9)
 
 
+def ready(call: Call) -> Callable[[], Call]:
+    """The builder of a peer that needs no building."""
+    return lambda: call
+
+
 def versions() -> dict[str, str]:
     """Versions of everything that a timing depends on."""
-    found = {"torch": torch.__version__}
+    found = {"torch": str(torch.__version__)}
     for name in ("triton", "sgl-deep-gemm", "flashinfer-python"):
         try:
             found[name] = version(name)
@@ -82,7 +86,7 @@ def versions() -> dict[str, str]:
 def _driver() -> str:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S607
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.split("\n", 1)[0].strip()
@@ -99,15 +103,16 @@ def _peer(build: Callable[[], Call], timer: Timer, ours_ms: float) -> Row:
 def time_case(case: Case, timer: Timer, ceilings: Ceilings) -> Row:
     """One line of `baselines.jsonl`, less device and versions. ratio = peer's time / ours: above 1 we win."""
     ms = timer.median_ms(case.call)
+    floor, bound = ceilings.floor_s(case)
     return {
         "operation": case.operation,
         "shape": case.shape,
         "median_us": round(ms * 1e3, 2),
         "bytes": case.bytes,
         "flops": case.flops,
-        "bound": case.bound,
+        "bound": bound,
         "gb_s": round(case.bytes / ms / 1e6, 1),
         "tflop_s": round(case.flops / ms / 1e9, 1),
-        "fraction": round(ceilings.least_s(case) / (ms / 1e3), 3),
+        "fraction": round(floor / (ms / 1e3), 3),
         "peers": {name: _peer(build, timer, ms) for name, build in case.peers.items()},
     }

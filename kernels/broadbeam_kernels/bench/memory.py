@@ -1,8 +1,9 @@
-"""Cases of the operations that memory bounds, at the sizes their bars name. `torch` runs the oracle eagerly."""
+"""Cases of the operations that memory bounds, at their bars' sizes. `torch` runs the oracle eagerly."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -20,6 +21,7 @@ from ..formats import (
     Fp8Block,
     Mxfp4,
     Nvfp4,
+    Quantized,
 )
 from ..nvfp4 import quantize_nvfp4
 from ..pad_quant import pad_quant
@@ -31,7 +33,7 @@ from ..rope_quantize import LatentCache, Rotary, rope_quantize
 from ..silu_mul_quant import silu_mul_quant, silu_mul_quant_masked
 from ..testing import gaussian, nbytes
 from . import peers
-from .case import Call, Case
+from .case import Case, ready
 
 ROWS, HIDDEN = 8192, 7168
 E4M3 = torch.float8_e4m3fn
@@ -44,14 +46,14 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def _eager_quantize(x: torch.Tensor, fmt: Format, g: torch.Tensor | None = None) -> Call:
+def _eager(x: torch.Tensor, fmt: Format) -> Quantized:
     match fmt:
         case Nvfp4():
-            return lambda: oracle.quantize_nvfp4(x, fmt, g)
+            return oracle.quantize_nvfp4(x, fmt)
         case Mxfp4():
-            return lambda: oracle.quantize_mxfp4(x, fmt)
+            return oracle.quantize_mxfp4(x, fmt)
         case Fp8Block():
-            return lambda: oracle.quantize_fp8_block(x, fmt)
+            return oracle.quantize_fp8_block(x, fmt)
 
 
 def quantizers() -> Iterator[Case]:
@@ -61,37 +63,33 @@ def quantizers() -> Iterator[Case]:
     for name, nv in (("nvfp4 linear", NVFP4), ("nvfp4 swizzled", NVFP4_SWIZZLED)):
         coded = quantize_nvfp4(x, nv, g)
         moved = nbytes(x) + coded.nbytes
-        eager = {"torch": lambda nv=nv: _eager_quantize(x, nv, g)}
-        yield Case("quantize", f"{name} {shape}", lambda nv=nv: quantize_nvfp4(x, nv, g), moved, peers=eager)
-        yield Case("dequantize", f"{name} {shape}", lambda c=coded: dequantize(c), moved)
+        eager = {"torch": ready(partial(oracle.quantize_nvfp4, x, nv, g))}
+        yield Case("quantize", f"{name} {shape}", partial(quantize_nvfp4, x, nv, g), moved, peers=eager)
+        yield Case("dequantize", f"{name} {shape}", partial(dequantize, coded), moved)
     # A computed global scale needs the tensor's maximum first: one more reading of it.
     moved = 2 * nbytes(x) + quantize(x, NVFP4).nbytes
-    yield Case("quantize", f"nvfp4 linear, computed global {shape}", lambda: quantize(x, NVFP4), moved)
+    yield Case("quantize", f"nvfp4 linear, computed global {shape}", partial(quantize, x, NVFP4), moved)
     for name, fmt in FORMATS.items():
         packed = quantize(x, fmt)
         moved = nbytes(x) + packed.nbytes
-        eager = {"torch": lambda fmt=fmt: _eager_quantize(x, fmt)}
-        yield Case("quantize", f"{name} {shape}", lambda fmt=fmt: quantize(x, fmt), moved, peers=eager)
-        yield Case("dequantize", f"{name} {shape}", lambda p=packed: dequantize(p), moved)
+        eager = {"torch": ready(partial(_eager, x, fmt))}
+        yield Case("quantize", f"{name} {shape}", partial(quantize, x, fmt), moved, peers=eager)
+        yield Case("dequantize", f"{name} {shape}", partial(dequantize, packed), moved)
 
 
 def silu() -> Iterator[Case]:
     """SiLU-mul-quant, flat and masked."""
     y = gaussian(ROWS, 2 * HIDDEN)
     moved = nbytes(y) + ROWS * HIDDEN * 33 // 32
-    eager = {"torch": lambda: lambda: silu_oracle.silu_mul_quant(y, FP8_BLOCK128)}
-    yield Case("silu_mul_quant", f"flat {ROWS}x{HIDDEN}", lambda: silu_mul_quant(y), moved, peers=eager)
+    eager = {"torch": ready(partial(silu_oracle.silu_mul_quant, y, FP8_BLOCK128))}
+    yield Case("silu_mul_quant", f"flat {ROWS}x{HIDDEN}", partial(silu_mul_quant, y), moved, peers=eager)
     slots, hidden = 1024, 2048
     masked = gaussian(32, slots, 2 * hidden)
     for used in (slots, 256):
         count = torch.full((32,), used, dtype=torch.int32, device="cuda")
         moved = 32 * used * (4 * hidden + hidden * 33 // 32)
-        yield Case(
-            "silu_mul_quant",
-            f"masked 32x{slots}x{hidden}, {used} used",
-            lambda count=count: silu_mul_quant_masked(masked, count),
-            moved,
-        )
+        name = f"masked 32x{slots}x{hidden}, {used} used"
+        yield Case("silu_mul_quant", name, partial(silu_mul_quant_masked, masked, count), moved)
 
 
 def concat() -> Iterator[Case]:
@@ -99,53 +97,47 @@ def concat() -> Iterator[Case]:
     for dtype, sizes in ((torch.bfloat16, (128, 2048, 8192, 32768)), (E4M3, (8192,))):
         for tokens in sizes:
             nope = gaussian(tokens, 128, 128).to(dtype)
-            rotary = gaussian(tokens, 64).to(dtype)
+            rotary_part = gaussian(tokens, 64).to(dtype)
             out = torch.empty(tokens, 128, 192, dtype=dtype, device="cuda")
             yield Case(
                 "concat_mla_k",
                 f"{str(dtype)[6:]} {tokens} tokens",
-                lambda n=nope, r=rotary, o=out: concat_mla_k(n, r, o),
-                nbytes(nope, rotary, out),
+                partial(concat_mla_k, nope, rotary_part, out),
+                nbytes(nope, rotary_part, out),
                 peers={
-                    "flashinfer": lambda n=nope, r=rotary, o=out: peers.flashinfer_concat(n, r, o),
-                    "torch": lambda n=nope, r=rotary, o=out: (
-                        lambda: layout.concat_mla_k(n, r.unsqueeze(1), o)
-                    ),
+                    "flashinfer": partial(peers.flashinfer_concat, nope, rotary_part, out),
+                    "torch": ready(partial(layout.concat_mla_k, nope, rotary_part.unsqueeze(1), out)),
                 },
             )
+
+
+def _rope(tokens: int, nope: int, cache_type: torch.dtype, cos_sin: torch.Tensor) -> Case:
+    q, kv = gaussian(tokens, 128, nope + 64), gaussian(tokens, 576)
+    positions = torch.arange(tokens, device="cuda")
+    cache = torch.zeros(tokens, 576, device="cuda").to(cache_type)
+    kept = LatentCache(kv[:, :512], cache, positions)
+    out = torch.empty(tokens, 128, nope + 64, dtype=E4M3, device="cuda")
+    parts = (q[..., :nope], q[..., nope:], kv[:, 512:], Rotary(cos_sin, positions))
+    others = {"torch": ready(partial(rope.rope_quantize, *parts, kept, out, 1.0, None))}
+    if cache_type == E4M3:
+        others["flashinfer"] = partial(peers.flashinfer_rope, q, kv, cos_sin, positions, nope)
+    return Case(
+        "rope_quantize",
+        f"{'decode' if nope == 512 else 'prefill'} {tokens} tokens, {str(cache_type)[6:]} cache",
+        partial(rope_quantize, *parts, kept, out=out),
+        nbytes(q, kv, out, cache),
+        peers=others,
+    )
 
 
 def rotary() -> Iterator[Case]:
     """RoPE + quantise + Q write + KV-cache write: decode (absorbed, 512 + 64) and prefill (128 + 64)."""
     angles = torch.rand(8192, 32, device="cuda") * 6.28
     cos_sin = torch.cat((angles.cos(), angles.sin()), dim=1)
-    for name, nope, sizes in (("decode", 512, (1, 64, 256, 1024, 4096)), ("prefill", 128, (1024, 4096))):
+    for nope, sizes in ((512, (1, 64, 256, 1024, 4096)), (128, (1024, 4096))):
         for tokens in sizes:
-            q, kv = gaussian(tokens, 128, nope + 64), gaussian(tokens, 576)
-            positions = torch.arange(tokens, device="cuda")
-            turn = Rotary(cos_sin, positions)
-            for cache_type in (E4M3, torch.bfloat16) if tokens == 4096 else (E4M3,):
-                cache = torch.zeros(tokens, 576, device="cuda").to(cache_type)
-                kept = LatentCache(kv[:, :512], cache, positions)
-                out = torch.empty(tokens, 128, nope + 64, dtype=E4M3, device="cuda")
-                others = {}
-                if cache_type == E4M3:
-                    others["flashinfer"] = lambda q=q, kv=kv, p=positions, n=nope: peers.flashinfer_rope(
-                        q, kv, cos_sin, p, n
-                    )
-                if cache_type == E4M3 and tokens == 4096:
-                    others["torch"] = lambda q=q, kv=kv, n=nope, t=turn, k=kept, o=out: (
-                        lambda: rope.rope_quantize(q[..., :n], q[..., n:], kv[:, 512:], t, k, o, 1.0, None)
-                    )
-                yield Case(
-                    "rope_quantize",
-                    f"{name} {tokens} tokens, {str(cache_type)[6:]} cache",
-                    lambda q=q, kv=kv, n=nope, t=turn, k=kept, o=out: rope_quantize(
-                        q[..., :n], q[..., n:], kv[:, 512:], t, k, out=o
-                    ),
-                    nbytes(q, kv, out, cache),
-                    peers=others,
-                )
+            yield _rope(tokens, nope, E4M3, cos_sin)
+        yield _rope(4096, nope, torch.bfloat16, cos_sin)
 
 
 def norms() -> Iterator[Case]:
@@ -157,24 +149,26 @@ def norms() -> Iterator[Case]:
         yield Case(
             "add_rms_norm",
             f"{name} {ROWS}x{HIDDEN}",
-            lambda fmt=fmt: add_rms_norm(x, residual, weight, 1e-6, fmt),
+            partial(add_rms_norm, x, residual, weight, 1e-6, fmt),
             3 * nbytes(x) + written,
-            peers={
-                "torch": lambda fmt=fmt: lambda: norm.add_rms_norm(x, residual, weight, 1e-6, fmt),
-            },
+            peers={"torch": ready(partial(norm.add_rms_norm, x, residual, weight, 1e-6, fmt))},
         )
 
 
 def layouts() -> Iterator[Case]:
     """Pad + quant and finalize + slice at gpt-oss's 2880 of 3072."""
     x = gaussian(16384, 2880)
-    for fmt, name, size in ((FP8_BLOCK128, "fp8 1x128", 33 / 32), (MXFP4, "mxfp4", 17 / 32)):
+    padded: tuple[tuple[Fp8Block | Mxfp4, str, float], ...] = (
+        (FP8_BLOCK128, "fp8 1x128", 33 / 32),
+        (MXFP4, "mxfp4", 17 / 32),
+    )
+    for fmt, name, size in padded:
         yield Case(
             "pad_quant",
             f"{name} 16384x2880 to 3072",
-            lambda fmt=fmt: pad_quant(x, 3072, fmt),
+            partial(pad_quant, x, 3072, fmt),
             nbytes(x) + int(16384 * 3072 * size),
-            peers={"torch": lambda fmt=fmt: lambda: layout.pad_quant(x, 3072, fmt)},
+            peers={"torch": ready(partial(layout.pad_quant, x, 3072, fmt))},
         )
     y = gaussian(ROWS * 8, 3072)
     rows = torch.randperm(ROWS * 8, device="cuda").int().view(ROWS, 8)
@@ -182,7 +176,7 @@ def layouts() -> Iterator[Case]:
     yield Case(
         "finalize",
         f"{ROWS} tokens, 8 experts, 2880 of 3072",
-        lambda: finalize(y, rows, weights, 2880),
+        partial(finalize, y, rows, weights, 2880),
         ROWS * 2880 * 2 * 9 + nbytes(rows, weights),
-        peers={"torch": lambda: lambda: layout.finalize(y, rows, weights, 2880)},
+        peers={"torch": ready(partial(layout.finalize, y, rows, weights, 2880))},
     )

@@ -36,7 +36,7 @@ _MIDPOINTS = (
 
 
 def e2m1_codes(x: Tensor) -> Tensor:
-    """float -> e2m1 codes (uint8, 0..15), nearest, ties to the even code, saturating at 6, sign kept on zero."""
+    """float -> e2m1 codes (uint8, 0..15), nearest, ties to even, saturating at 6, sign kept on zero."""
     a = x.abs()
     code = torch.zeros_like(x, dtype=torch.uint8)
     for midpoint, inclusive in _MIDPOINTS:

@@ -1,0 +1,78 @@
+"""Cases of the products whose weights stay packed in FP4: MLA's output projection and DeepSeek-V3's experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from ..formats import MXFP4, NVFP4, Mxfp4, Nvfp4
+from ..fp4_gemm import fp4_gemm, grouped_fp4_gemm
+from ..fp4_weights import Fp4Weights
+from ..grouped_gemm import grouped_gemm
+from ..testing import nbytes
+from .case import Case, ready
+
+OUTPUT = (7168, 16384)
+EXPERTS = ((32, 4096, 7168), (32, 7168, 2048))
+FORMATS: dict[str, Nvfp4 | Mxfp4] = {"nvfp4": NVFP4, "mxfp4": MXFP4}
+
+
+def _weights(experts: int, n: int, k: int, fmt: Nvfp4 | Mxfp4) -> Fp4Weights:
+    """Random codes in the kernel's tiles, every scale near 2^-2: quantising gigabytes would measure nothing."""
+    tiles = (experts, -(-n // 128), k // 128, 2, 2)
+    codes = torch.randint(-(2**31), 2**31 - 1, (*tiles, 128, 4), dtype=torch.int32, device="cuda")
+    scale = 0x4040 if isinstance(fmt, Nvfp4) else 0x7D7D
+    scales = torch.full((*tiles, 32, 64 // fmt.block), scale, dtype=torch.int16, device="cuda")
+    return Fp4Weights(codes, scales, torch.ones(experts, device="cuda"), fmt, (experts, n, k))
+
+
+def _activations(rows: int, k: int) -> torch.Tensor:
+    return torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
+
+
+def plain() -> Iterator[Case]:
+    """The output projection at decode sizes; torch multiplies the same shape in bf16."""
+    n, k = OUTPUT
+    dense = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
+    for name, fmt in FORMATS.items():
+        weights = _weights(1, n, k, fmt)
+        for m in (1, 16, 64, 128):
+            x = _activations(m, k)
+            yield Case(
+                "fp4_gemm",
+                f"{name} {m}x{n}x{k}",
+                partial(fp4_gemm, x, weights),
+                weights.nbytes + nbytes(x) + 2 * m * n,
+                2 * m * n * k,
+                "bf16",
+                peers={"torch bf16": ready(partial(torch.mm, x, dense.t()))},
+            )
+
+
+def _grouped(experts: int, n: int, k: int, each: int, block: int, name: str) -> Case:
+    fmt = FORMATS[name]
+    weights, x = _weights(experts, n, k, fmt), _activations(experts * each, k)
+    groups = torch.arange(experts, device="cuda", dtype=torch.int32).repeat_interleave(each // block)
+    peers = {}
+    if block >= 128:
+        dense = torch.randn(experts, n, k, device="cuda", dtype=torch.bfloat16)
+        peers["our bf16"] = ready(partial(grouped_gemm, x, dense, groups))
+    return Case(
+        "grouped_fp4_gemm",
+        f"{name} {experts}x{each}, {n}x{k}",
+        partial(grouped_fp4_gemm, x, weights, groups),
+        weights.nbytes + nbytes(x) + 2 * experts * each * n,
+        2 * experts * each * n * k,
+        "bf16",
+        peers=peers,
+    )
+
+
+def grouped() -> Iterator[Case]:
+    """Experts at decode (16 and 64 tokens each) and prefill sizes (1024 each, beside our bf16 product)."""
+    for shape in EXPERTS:
+        for name in FORMATS:
+            for each, block in ((16, 16), (64, 64), (256, 128), (1024, 128)):
+                yield _grouped(*shape, each, block, name)
