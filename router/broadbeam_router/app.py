@@ -136,33 +136,32 @@ class Gateway:
             raise NoEndpoint("no decode engine is ready")
         self.in_flight += 1
         return Call(
-            desk=self,
             client=client,
             route=route,
             path=request.path,
             body=legs.stripped(request.body) if fields.steers else request.body,
             id_line=line,
-            trace_lines=trace_lines(request),
+            trace_lines=trace_lines(request) if b"traceparent" in request.headers else b"",
             started_s=started_s,
             wants_prefill=self._disaggregated and bool(self.fleet.prefill) and fields.splits,
         )
 
-    def carry(self, call: Call) -> Coroutine[object, None, None]:
-        return self._forwarder.answer(call)
+    def carry(self, work: Call) -> Coroutine[object, None, None]:
+        return self._forwarder.answer(work)
 
-    def ended(self, call: Call, error: BaseException | None) -> None:
+    def ended(self, work: Call, error: BaseException | None) -> None:
         """Runs once for every admitted call, with what kept it from its answer."""
         self.in_flight -= 1
         if error is not None:
-            call.status = _status_of(error)
-        elapsed_s = time.perf_counter() - call.started_s
-        self.metrics.answered(call.route, call.status, elapsed_s)
-        if call.first_byte_s is not None:
-            self.metrics.first_tokens[call.route].add(call.first_byte_s - call.started_s)
-        if call.status < 400:
-            self.metrics.paths[call.way] += 1
+            work.status = _status_of(error)
+        elapsed_s = time.perf_counter() - work.started_s
+        self.metrics.answered(work.route, work.status, elapsed_s)
+        if work.first_byte_s is not None:
+            self.metrics.first_tokens[work.route].add(work.first_byte_s - work.started_s)
+        if work.status < 400:
+            self.metrics.paths[work.way] += 1
         if self._logs_calls:
-            log.debug("%s", _log_line(call, elapsed_s))
+            log.debug("%s", _log_line(work, elapsed_s))
 
 
 class MetricsPage:
@@ -171,7 +170,7 @@ class MetricsPage:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
-    def handle(self, client: ClientConnection, request: Request) -> None:
+    def handle(self, client: ClientConnection, request: Request) -> Call | None:
         match request.method, request.path:
             case b"GET", b"/metrics":
                 client.respond(200, self._gateway.metrics.render(), CONTENT_TYPE)
@@ -181,6 +180,13 @@ class MetricsPage:
                 self._gateway.ready(client, request)
             case _:
                 client.respond_error(NotFound("GET /metrics, /health or /readyz"))
+        return None
+
+    def carry(self, work: Call) -> Coroutine[object, None, None]:
+        raise AssertionError("every page is answered at once")
+
+    def ended(self, work: Call, error: BaseException | None) -> None:
+        raise AssertionError("every page is answered at once")
 
 
 def _status_of(error: BaseException) -> int:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import secrets
+from hashlib import blake2b
 from pathlib import Path
 
 from broadbeam_crds.engine_config import ConfigError
@@ -57,12 +57,13 @@ class ApiKeys:
         if authorization is None:
             raise Unauthorized("an API key is needed: Authorization: Bearer KEY", "authorization")
         scheme, _, key = authorization.partition(b" ")
-        if scheme.lower() != b"bearer" or _digest(key.strip()) not in self._digests:
+        digest = blake2b(key.strip(), digest_size=32, key=_SECRET).digest()
+        if digest not in self._digests or scheme.lower() != b"bearer":
             raise Unauthorized("the API key is not known", "authorization")
 
 
 def _digest(key: bytes) -> bytes:
-    return hashlib.blake2b(key, digest_size=32, key=_SECRET).digest()
+    return blake2b(key, digest_size=32, key=_SECRET).digest()
 
 
 def _signature(file: Path) -> tuple[str, int, int, int]:

@@ -1,7 +1,8 @@
 """The floor that the gateway's cost is measured against: uvloop + httptools, and nothing else.
 
 It parses a request, sends it on over a kept connection to the next of its engines and passes the answer
-back in chunks. No keys, checks, metrics, retries, timeouts, backpressure or choice of endpoint.
+back in chunks; with two legs it asks two engines one after the other and passes on the second answer, as
+for disaggregated serving. No keys, checks, metrics, retries, timeouts, backpressure or choice of endpoint.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ Address = tuple[str, int]
 
 
 class Engines:
-    def __init__(self, addresses: list[Address]) -> None:
+    def __init__(self, addresses: list[Address], legs: int) -> None:
         self.addresses = addresses
+        self.legs = legs
         self.idle: dict[Address, list[Upstream]] = {address: [] for address in addresses}
         self.turn = 0
 
@@ -60,17 +62,23 @@ class Client(asyncio.Protocol):
                 len(body),
             )
         )
+        self.request = head + body
+        self.legs_left = self.engines.legs
+        self.next_leg()
+
+    def next_leg(self) -> None:
+        self.legs_left -= 1
         address = self.engines.next()
         idle = self.engines.idle[address]
         if idle:
-            idle.pop().begin(self, head + body)
+            idle.pop().begin(self, self.request)
         else:
-            self.connecting = asyncio.get_running_loop().create_task(self.connect(address, head + body))
+            self.connecting = asyncio.get_running_loop().create_task(self.connect(address))
 
-    async def connect(self, address: Address, data: bytes) -> None:
+    async def connect(self, address: Address) -> None:
         loop = asyncio.get_running_loop()
         _, upstream = await loop.create_connection(lambda: Upstream(self.engines.idle[address]), *address)
-        upstream.begin(self, data)
+        upstream.begin(self, self.request)
 
 
 class Upstream(asyncio.Protocol):
@@ -89,9 +97,10 @@ class Upstream(asyncio.Protocol):
         self.transport.write(data)
 
     def data_received(self, data: bytes) -> None:
+        client = self.client
         self.parser.feed_data(data)
         if self.out:
-            self.client.transport.write(b"".join(self.out))
+            client.transport.write(b"".join(self.out))
             self.out.clear()
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -115,14 +124,18 @@ class Upstream(asyncio.Protocol):
         if self.length is None:
             self.out.append(b"0\r\n\r\n")
         self.idle.append(self)
+        if self.client.legs_left:
+            self.out.clear()
+            self.client.next_leg()
 
 
-async def serve(port: int, addresses: list[Address]) -> None:
+async def serve(port: int, legs: int, addresses: list[Address]) -> None:
     loop = asyncio.get_running_loop()
-    engines = Engines(addresses)
+    engines = Engines(addresses, legs)
     server = await loop.create_server(lambda: Client(engines), "127.0.0.1", port, backlog=1024)
     await server.serve_forever()
 
 
 if __name__ == "__main__":
-    uvloop.run(serve(int(sys.argv[1]), [("127.0.0.1", int(port)) for port in sys.argv[2:]]))
+    own_port, legs, *ports = map(int, sys.argv[1:])
+    uvloop.run(serve(own_port, legs, [("127.0.0.1", port) for port in ports]))

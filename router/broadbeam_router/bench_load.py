@@ -1,9 +1,10 @@
 """The other two processes of the benchmark: an engine that answers at once, and clients that ask.
 
     python -m broadbeam_router.bench_load engine PORT CHUNKS
-    python -m broadbeam_router.bench_load clients PORT REQUESTS CONCURRENCY stream|whole KEY
+    python -m broadbeam_router.bench_load clients PORT REQUESTS CONCURRENCY RATE stream|whole KEY
 
-The clients print one JSON line: requests, chunks and seconds.
+RATE is requests per second in all, 0 for as many as will go. The clients print one JSON line: requests,
+chunks and seconds.
 """
 
 from __future__ import annotations
@@ -85,18 +86,23 @@ class Engine(asyncio.Protocol):
 
 
 class Asker(asyncio.Protocol):
-    """Sends its next request when it has the answer to the last."""
+    """Sends its next request when it has the answer to the last, and not before its time."""
 
-    def __init__(self, request: bytes, left: list[int], done: asyncio.Event) -> None:
+    def __init__(self, request: bytes, left: list[int], pause_s: float) -> None:
         self.request = request
         self.left = left
-        self.done = done
+        self.pause_s = pause_s
+        self.done = asyncio.Event()
         self.parser = httptools.HttpResponseParser(self)
         self.chunks = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
-        self.ask()
+
+    def start(self, at_s: float) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.next_s = at_s
+        self.loop.call_at(at_s, self.ask)
 
     def ask(self) -> None:
         if self.left[0] == 0:
@@ -117,7 +123,11 @@ class Asker(asyncio.Protocol):
         self.chunks += body.count(b"data: ")
 
     def on_message_complete(self) -> None:
-        self.ask()
+        self.next_s = max(self.next_s + self.pause_s, self.loop.time())
+        if self.pause_s:
+            self.loop.call_at(self.next_s, self.ask)
+        else:
+            self.ask()
 
 
 async def engine(port: int, chunks: int) -> None:
@@ -126,7 +136,7 @@ async def engine(port: int, chunks: int) -> None:
     await server.serve_forever()
 
 
-async def clients(port: int, requests: int, concurrency: int, stream: bool, key: str) -> None:
+async def clients(port: int, requests: int, concurrency: int, rate: float, stream: bool, key: str) -> None:
     fields = {"model": "m", "stream": stream, "messages": [{"role": "user", "content": PROMPT}]}
     body = json.dumps(fields, separators=(",", ":")).encode()
     request = (
@@ -136,12 +146,12 @@ async def clients(port: int, requests: int, concurrency: int, stream: bool, key:
     )
     loop = asyncio.get_running_loop()
     left = [requests]
+    pause_s = concurrency / rate if rate else 0.0
+    askers = [Asker(request, left, pause_s) for _ in range(concurrency)]
     start_s = time.perf_counter()
-    askers: list[Asker] = []
-    for _ in range(concurrency):
-        asker = Asker(request, left, asyncio.Event())
+    for index, asker in enumerate(askers):
         await loop.create_connection(lambda asker=asker: asker, "127.0.0.1", port)  # type: ignore[misc]
-        askers.append(asker)
+        asker.start(loop.time() + pause_s * index / concurrency)
     for asker in askers:
         await asker.done.wait()
     seconds = time.perf_counter() - start_s
@@ -153,7 +163,9 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["engine", port, chunks]:
             uvloop.run(engine(int(port), int(chunks)))
-        case ["clients", port, requests, concurrency, kind, key]:
-            uvloop.run(clients(int(port), int(requests), int(concurrency), kind == "stream", key))
+        case ["clients", port, requests, concurrency, rate, kind, key]:
+            uvloop.run(
+                clients(int(port), int(requests), int(concurrency), float(rate), kind == "stream", key)
+            )
         case _:
             sys.exit(__doc__)

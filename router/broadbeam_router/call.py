@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Coroutine
-from typing import Literal, Protocol
+from typing import Literal
 
 import msgspec
 
@@ -17,18 +16,10 @@ Way = Literal["disaggregated", "decode-only", "fallback"]
 _request_id = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 
-class Desk(Protocol):
-    """Who a call belongs to."""
-
-    def carry(self, call: Call) -> Coroutine[object, None, None]: ...
-    def ended(self, call: Call, error: BaseException | None) -> None: ...
-
-
 class Call(msgspec.Struct, eq=False):
     """`body` holds nothing that steers routing any more; `id_line` is a header line for both sides and
     `trace_lines` are for the engine. A Struct because making one costs a tenth of a dataclass."""
 
-    desk: Desk
     client: ClientConnection
     route: str  # "chat" | "completions"
     path: bytes
@@ -42,12 +33,6 @@ class Call(msgspec.Struct, eq=False):
     decode_name: str | None = None
     status: int = 500  # until an answer says otherwise
     first_byte_s: float | None = None
-
-    def answer(self) -> Coroutine[object, None, None]:
-        return self.desk.carry(self)
-
-    def ended(self, error: BaseException | None) -> None:
-        self.desk.ended(self, error)
 
     @property
     def request_id(self) -> str:
@@ -76,9 +61,7 @@ def echoed_id(request: Request) -> bytes:
 
 
 def trace_lines(request: Request) -> bytes:
-    """The client's W3C trace context as header lines."""
-    parent, state = request.headers.get(b"traceparent"), request.headers.get(b"tracestate")
-    if parent is None:
-        return b""
-    lines = b"traceparent: %b\r\n" % parent
+    """The client's W3C trace context as header lines; it has a traceparent."""
+    state = request.headers.get(b"tracestate")
+    lines = b"traceparent: %b\r\n" % request.headers[b"traceparent"]
     return lines if state is None else b"%btracestate: %b\r\n" % (lines, state)

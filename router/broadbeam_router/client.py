@@ -10,7 +10,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from broadbeam_crds.gateway_config import LimitsConfig
 from broadbeam_router import http1
@@ -37,19 +37,22 @@ class Source(Protocol):
 
 
 class Work(Protocol):
-    """A request that takes time. `ended` runs exactly once after `answer`, however that ends, with what it
-    raised; `id_line` goes into an error's head."""
+    """A request that takes time; `id_line` goes into an error's head."""
 
-    id_line: bytes
-
-    def answer(self) -> Coroutine[object, None, None]: ...
-    def ended(self, error: BaseException | None) -> None: ...
+    @property
+    def id_line(self) -> bytes: ...
 
 
-class Handler(Protocol):
-    """Serves requests. Answers at once, or gives back the work that will."""
+W = TypeVar("W", bound=Work)
 
-    def handle(self, client: ClientConnection, request: Request) -> Work | None: ...
+
+class Handler(Protocol[W]):
+    """Serves requests: answers at once, or gives back the work that `carry` will do. After that `ended` runs
+    exactly once, however it went, with what it raised."""
+
+    def handle(self, client: ClientConnection, request: Request) -> W | None: ...
+    def carry(self, work: W) -> Coroutine[object, None, None]: ...
+    def ended(self, work: W, error: BaseException | None) -> None: ...
 
 
 @dataclass(slots=True)
@@ -57,13 +60,17 @@ class Server:
     """What the connections of one listening socket share."""
 
     loop: asyncio.AbstractEventLoop
-    handler: Handler
+    handler: Handler[Any]
     limits: LimitsConfig
     idle_s: float
     deadlines: Deadlines
     on_refusal: Callable[[RequestError], None]  # of what never became a request
     connections: set[ClientConnection] = field(default_factory=set)
     draining: bool = False
+    now: Callable[[], float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.now = self.loop.time
 
 
 class ClientConnection(asyncio.Protocol):
@@ -92,7 +99,7 @@ class ClientConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         server = self._server
         self._transport = cast(asyncio.Transport, transport)  # uvloop's own is no subclass
-        self.deadline = server.loop.time() + server.idle_s
+        self.deadline = server.now() + server.idle_s
         server.connections.add(self)
         server.deadlines.add(self)
         if len(server.connections) > server.limits.max_connections:
@@ -111,7 +118,7 @@ class ClientConnection(asyncio.Protocol):
         unread = self._transport.get_write_buffer_size()
         if self._paused and unread < self._unread:  # slow, but reading
             self._unread = unread
-            self.deadline = self._server.loop.time() + self._server.idle_s
+            self.deadline = self._server.now() + self._server.idle_s
             return
         self.deadline = NEVER
         if self._request is None and not self._refused and self._reader.halfway:
@@ -155,18 +162,18 @@ class ClientConnection(asyncio.Protocol):
         self._request = request
         self._keep_alive = request.keep_alive and not self._server.draining
         self.deadline = NEVER
-        work = self._server.handler.handle(self, request)
+        handler = self._server.handler
+        work = self._work = handler.handle(self, request)
         if work is not None:
-            self._work = work
-            self._run = Run(work.answer(), self._served)
-            self._run.step()
+            run = self._run = Run(handler.carry(work), self._served)
+            run.step()
 
     def _served(self, error: BaseException | None) -> None:
         """The work came to its end, in the same breath as its answer: the next cannot have begun."""
         work = self._work
         assert work is not None
         self._work = None
-        work.ended(error)
+        self._server.handler.ended(work, error)
         if error is None:
             return
         if isinstance(error, RequestError):
@@ -181,14 +188,13 @@ class ClientConnection(asyncio.Protocol):
     def _finish(self) -> None:
         """The answer is written: take up what waits, or close."""
         self._request = self._run = self._source = self._stream_head = None
-        if self._transport.is_closing():
-            return
-        if not self._keep_alive or self._server.draining:
+        server = self._server
+        if not self._keep_alive or server.draining:
             self._transport.close()
-        elif not self._queue:
-            self.deadline = self._server.loop.time() + self._server.idle_s
+        elif self._queue:
+            server.loop.call_soon(self._next)
         else:
-            self._server.loop.call_soon(self._next)
+            self.deadline = server.now() + server.idle_s
 
     def _next(self) -> None:
         if self._queue and self._request is None:
@@ -216,7 +222,7 @@ class ClientConnection(asyncio.Protocol):
             http1.response(shape.status, http1.JSON, error_body(error), shape.headers, keep_alive=False)
         )
         self._transport.write_eof()
-        self.deadline = self._server.loop.time() + LINGER_S
+        self.deadline = self._server.now() + LINGER_S
 
     # -- answering ------------------------------------------------------------------------------------
 
@@ -225,11 +231,11 @@ class ClientConnection(asyncio.Protocol):
     ) -> None:
         """The whole answer to the request being served."""
         assert self._request is not None, "a request is answered once"
+        data = http1.response(status, content_type, body, headers, self._keep_alive)
         if self._request.method == b"HEAD":
-            head = http1.response(status, content_type, body, headers, self._keep_alive)
-            self._write(head[: len(head) - len(body)])
-        else:
-            self._write(http1.response(status, content_type, body, headers, self._keep_alive))
+            data = data[: len(data) - len(body)]
+        if not self._transport.is_closing():  # it may be, and connection_lost still to come
+            self._transport.write(data)
         self._finish()
 
     def respond_error(self, error: RequestError, headers: bytes = b"") -> None:
@@ -277,18 +283,18 @@ class ClientConnection(asyncio.Protocol):
         self._finish()
 
     def _write(self, data: bytes) -> None:
-        if not self._transport.is_closing():  # it may be, and connection_lost still to come
+        if not self._transport.is_closing():
             self._transport.write(data)
 
     def pause_writing(self) -> None:
         self._paused = True
         self._unread = self._transport.get_write_buffer_size()
-        self.deadline = self._server.loop.time() + self._server.idle_s
+        self.deadline = self._server.now() + self._server.idle_s
         if self._source is not None:
             self._source.pause()
 
     def resume_writing(self) -> None:
         self._paused = False
-        self.deadline = NEVER if self._request else self._server.loop.time() + self._server.idle_s
+        self.deadline = NEVER if self._request else self._server.now() + self._server.idle_s
         if self._source is not None:
             self._source.resume()

@@ -79,7 +79,7 @@ class Fleet:
         self._members: dict[Address, Member] = {}
         self.prefill: tuple[Member, ...] = ()
         self.decode: tuple[Member, ...] = ()
-        self._decode_families: set[str] = set()
+        self._paired_prefill: Sequence[Member] = ()
         self._last_ejection_ends = 0.0
 
     def update(self, endpoints: Iterable[Endpoint]) -> None:
@@ -99,7 +99,7 @@ class Fleet:
         ready = [m for address, m in self._members.items() if address in seen and m.endpoint.ready]
         self.prefill = tuple(m for m in ready if m.endpoint.role == "prefill")
         self.decode = tuple(m for m in ready if m.endpoint.role != "prefill")
-        self._decode_families = {m.family for m in self.decode}
+        self._paired_prefill = _paired(self.prefill, self.decode)
         after = set(self._ready())
         if before != after:
             log.info("endpoints ready: %d prefill, %d decode", len(self.prefill), len(self.decode))
@@ -131,10 +131,13 @@ class Fleet:
         """A prefill endpoint for the first leg; None when none is ready, untried and in good standing.
 
         Where a decode endpoint of the same revision family is ready, that pairing is preferred."""
-        now = self._loop.time()
-        able = [m for m in self.prefill if m.ejected_until <= now and m not in tried]
-        families = self._decode_families
-        return self._pick("prefill", [m for m in able if m.family in families] or able)
+        able: Sequence[Member] = self._paired_prefill
+        if tried or self._some_left_out():
+            now = self._loop.time()
+            able = _paired(
+                [m for m in self.prefill if m.ejected_until <= now and m not in tried], self.decode
+            )
+        return self._pick("prefill", able)
 
     def pick_decode(self, tried: list[Member], family: str | None = None) -> Member | None:
         """A decode-capable endpoint not in `tried`, of `family` if there is one.
@@ -144,12 +147,15 @@ class Fleet:
         able: Sequence[Member] = self.decode
         if tried:
             able = [m for m in able if m not in tried]
-        now = self._loop.time()
-        if now < self._last_ejection_ends:
+        if self._some_left_out():
+            now = self._loop.time()
             able = [m for m in able if m.ejected_until <= now] or able
         if family is not None:
             able = [m for m in able if m.family == family] or able
         return self._pick("decode", able)
+
+    def _some_left_out(self) -> bool:
+        return self._last_ejection_ends > 0.0 and self._loop.time() < self._last_ejection_ends
 
     def _pick(self, leg: Leg, candidates: Sequence[Member]) -> Member | None:
         if not candidates:
@@ -189,3 +195,9 @@ class Fleet:
     def close(self) -> None:
         for member in self._members.values():
             member.pool.close()
+
+
+def _paired(prefill: Sequence[Member], decode: Sequence[Member]) -> Sequence[Member]:
+    """Those of `prefill` that have a decode endpoint of their revision family; all if none has."""
+    families = {m.family for m in decode}
+    return [m for m in prefill if m.family in families] or prefill

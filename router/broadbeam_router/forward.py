@@ -43,8 +43,7 @@ class Answer(msgspec.Struct, eq=False):
 
     @classmethod
     def of(cls, connection: UpstreamConnection) -> Answer:
-        body = connection.body()
-        return cls(connection.status, connection.content_type, body, connection.retry_after)
+        return cls(connection.status, connection.content_type, connection.body, connection.retry_after)
 
 
 class Blocks(msgspec.Struct, eq=False):
@@ -153,8 +152,13 @@ class Forwarder:
             member.in_flight -= 1
             member.prefill_in_flight -= 1
         answer = Answer.of(connection)
+        stands = answer.status < 400 or self._stands(call, member, "prefill", connection, attempts)
         connection.release()
-        return answer if self._stands(call, member, "prefill", answer, attempts) else None
+        if not stands:
+            return None
+        self._fleet.succeeded(member)
+        self._metrics.legs["prefill", "ok" if answer.status < 400 else "refused"] += 1
+        return answer
 
     # -- the decode leg -------------------------------------------------------------------------------
 
@@ -173,12 +177,14 @@ class Forwarder:
             return False
         finally:
             member.in_flight -= 1
-        answer = Answer.of(connection)
+        status = connection.status
+        stands = status < 400 or self._stands(call, member, "decode", connection, attempts)
+        if stands:
+            self._fleet.succeeded(member)
+            self._metrics.legs["decode", "ok" if status < 400 else "refused"] += 1
+            self._respond(call, connection)
         connection.release()
-        if not self._stands(call, member, "decode", answer, attempts):
-            return False
-        self._respond(call, answer)
-        return True
+        return stands
 
     async def _stream(
         self, call: Call, member: Member, connection: UpstreamConnection, attempts: Attempts
@@ -233,24 +239,18 @@ class Forwarder:
         self._metrics.legs[leg, "failed"] += 1
         log.warning("request %s: %s leg on %s: %s", call.request_id, leg, member.name, error)
 
-    def _stands(self, call: Call, member: Member, leg: Leg, answer: Answer, attempts: Attempts) -> bool:
-        """Whether `answer` stands; False if another endpoint may do better."""
-        if answer.status >= 500 or answer.status in BUSY:
-            attempts.answer, attempts.error = answer, None
-            if answer.status >= 500:
-                self._fleet.answered_5xx(member)
-            self._metrics.legs[leg, "failed"] += 1
-            log.warning(
-                "request %s: %s leg on %s: status %d",
-                call.request_id,
-                leg,
-                member.name,
-                answer.status,
-            )
-            return False
-        self._fleet.succeeded(member)
-        self._metrics.legs[leg, "ok" if answer.status < 400 else "refused"] += 1
-        return True
+    def _stands(
+        self, call: Call, member: Member, leg: Leg, answer: UpstreamConnection, attempts: Attempts
+    ) -> bool:
+        """Whether an error answer stands; False if another endpoint may do better."""
+        if answer.status < 500 and answer.status not in BUSY:
+            return True
+        attempts.answer, attempts.error = Answer.of(answer), None
+        if answer.status >= 500:
+            self._fleet.answered_5xx(member)
+        self._metrics.legs[leg, "failed"] += 1
+        log.warning("request %s: %s leg on %s: status %d", call.request_id, leg, member.name, answer.status)
+        return False
 
     def _give_up(self, call: Call, attempts: Attempts) -> None:
         answer, error = attempts.answer, attempts.error
@@ -265,18 +265,17 @@ class Forwarder:
             raise kind(f"no engine could answer (tried {names}; the last: {error})")
         raise NoEndpoint("no decode engine is ready")
 
-    def _respond(self, call: Call, answer: Answer) -> None:
-        headers = self._headers(call)
+    def _respond(self, call: Call, answer: Answer | UpstreamConnection) -> None:
+        headers = self._headers(call) if self._route_headers else call.id_line
         if answer.retry_after is not None:
             headers += b"Retry-After: %b\r\n" % answer.retry_after
         call.status = answer.status
-        call.client.respond(answer.status, answer.body, answer.content_type or b"application/json", headers)
+        call.client.respond(answer.status, answer.body, answer.content_type, headers)
 
     def _headers(self, call: Call) -> bytes:
-        lines = call.id_line
         if not self._route_headers:
-            return lines
-        lines += b"x-broadbeam-route: %b\r\n" % call.way.encode()
+            return call.id_line
+        lines = call.id_line + b"x-broadbeam-route: %b\r\n" % call.way.encode()
         if call.prefill_name is not None:
             lines += b"x-broadbeam-prefill: %b\r\n" % call.prefill_name.encode()
         if call.decode_name is not None:

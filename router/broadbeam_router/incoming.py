@@ -14,11 +14,13 @@ import msgspec
 from broadbeam_crds.gateway_config import LimitsConfig
 from broadbeam_router.errors import BodyTooLarge, HeadersTooLarge, MalformedHttp, RequestError
 
-KEPT_HEADERS = frozenset((b"authorization", b"x-request-id", b"traceparent", b"tracestate"))
+# The targets of nearly all requests, in which there is nothing to look for.
+PLAIN_TARGETS = frozenset((b"/v1/chat/completions", b"/v1/completions"))
+SINGLE_HEADERS = (b"host", b"authorization", b"x-request-id", b"traceparent", b"tracestate")
 
 
 class Request(msgspec.Struct, eq=False):
-    """`headers` holds KEPT_HEADERS only; everything else a client sends in a head ends here."""
+    """`headers` has names in lower case; of a header that came twice, the last."""
 
     method: bytes
     path: bytes
@@ -29,121 +31,138 @@ class Request(msgspec.Struct, eq=False):
 
 
 class RequestReader:
-    """Calls `on_request` for every whole request and `on_expect` when a client waits for 100 Continue."""
+    """Calls `on_request` for every whole request and `on_expect` when a client waits for 100 Continue.
+
+    The parser's callbacks run for every request, some for every header: they only note, and what is noted
+    is looked at once the head is whole."""
 
     __slots__ = (
-        "_body", "_body_size", "_expects", "_head_size", "_headers", "_hosts", "_limits", "_on_expect",
-        "_on_request", "_parser", "_recent", "_seen", "_still", "_url", "failure",
+        "_body", "_body_size", "_fed", "_head_whole", "_headers", "_heads", "_max_body", "_max_head",
+        "_on_expect", "_on_request", "_parser", "_progress", "_recent", "_size", "_still", "_url", "failure",
     )  # fmt: skip
 
     def __init__(
         self, limits: LimitsConfig, on_request: Callable[[Request], None], on_expect: Callable[[], None]
     ) -> None:
-        self._limits = limits
+        self._max_head = limits.max_header_bytes
+        self._max_body = limits.max_body_bytes
         self._on_request = on_request
         self._on_expect = on_expect
         self._parser = httptools.HttpRequestParser(self)
-        self._seen = 0  # bytes that the parser has told of
-        self._still = 0  # bytes since it last told of any
+        self._size = 0  # bytes of the read being parsed
+        self._fed = 0  # bytes read for the request being read, or somewhat more
+        self._still = 0  # bytes since the parser last told of any
+        self._progress = (0, 0, 0)
         self.failure: RequestError | None = None  # sticks: no request is read after it
         self.on_message_begin()
 
     def feed(self, data: bytes) -> None:
         """Take what came; `failure` is set when it cannot be served."""
-        seen = self._seen
+        size = self._size = len(data)
+        self._fed += size
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._fail(MalformedHttp(f"malformed HTTP: {error}"))
-        self._still = 0 if self._seen != seen else self._still + len(data)
-        if self._still > self._limits.max_header_bytes or self._head_size > self._limits.max_header_bytes:
-            self._fail(self._head_too_large())
+        if self._fed:
+            self._watch_progress(size)
 
     @property
     def halfway(self) -> bool:
         """Whether a part of a request has come."""
-        return bool(self._url) or self._still > 0
+        return self._fed > 0
+
+    def _watch_progress(self, size: int) -> None:
+        """A request is not whole: neither its head nor what the parser swallows unsaid may grow for ever."""
+        progress = (len(self._url), len(self._heads), self._body_size)
+        self._still = 0 if progress != self._progress else self._still + size
+        self._progress = progress
+        if self._still > self._max_head:
+            self._fail(self._head_too_large())
+        elif self._fed > self._max_head:
+            self._check_head_size()
 
     # -- called by the parser -------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
         self._url = b""
-        self._headers: dict[bytes, bytes] = {}
+        self._heads: list[tuple[bytes, bytes]] = []
         self._body: list[bytes] = []
         self._body_size = 0
-        self._head_size = 0
-        self._hosts = 0
-        self._expects = False
+        self._fed = self._size
 
     def on_url(self, url: bytes) -> None:
         self._url += url
-        self._seen += 1
-        self._head_size += len(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        # Runs for every header: what can wait for the head's end does.
-        self._seen += 1
-        self._head_size += len(name) + len(value) + 4
-        name = name.lower()
-        if name in KEPT_HEADERS:
-            if name in self._headers:
-                self._fail(MalformedHttp(f"header {name.decode()} is given twice", name.decode()))
-            self._headers[name] = value
-        elif name == b"host":
-            self._hosts += 1
-        elif name == b"content-length":
-            if int(value) > self._limits.max_body_bytes:
-                self._fail(self._body_too_large())
-        elif name == b"transfer-encoding":
-            if value.lower() != b"chunked":
-                self._fail(MalformedHttp("Transfer-Encoding may only be chunked", "transfer-encoding"))
-        elif name == b"expect":
-            self._expects = True
+        self._heads.append((name, value))
 
     def on_headers_complete(self) -> None:
+        headers = self._headers = {name.lower(): value for name, value in self._heads}
+        if len(headers) != len(self._heads):
+            self._check_doubles()
         self._recent = self._parser.get_http_version() == "1.1"
-        if self._head_size > self._limits.max_header_bytes:
-            self._fail(self._head_too_large())
-        if self._hosts != 1 and (self._recent or self._hosts > 1):
+        if b"host" not in headers and self._recent:
             self._fail(MalformedHttp("exactly one Host header is needed", "host"))
+        length = headers.get(b"content-length")
+        if length is not None and int(length) > self._max_body:
+            self._fail(self._body_too_large())
+        elif length is None and headers.get(b"transfer-encoding", b"chunked").lower() != b"chunked":
+            self._fail(MalformedHttp("Transfer-Encoding may only be chunked", "transfer-encoding"))
         if self._parser.should_upgrade():
             self._fail(MalformedHttp("Upgrade and CONNECT are not supported"))
-        if self._expects and self.failure is None:
+        if self._fed > self._max_head:
+            self._check_head_size()
+        if b"expect" in headers and self.failure is None:
             self._on_expect()
 
     def on_body(self, data: bytes) -> None:
-        self._seen += 1
         self._body_size += len(data)
-        if self._body_size > self._limits.max_body_bytes:
-            self._fail(self._body_too_large())
-        elif self.failure is None:
+        if self._body_size <= self._max_body:
             self._body.append(data)
+        else:
+            self._fail(self._body_too_large())
 
     def on_message_complete(self) -> None:
-        if self._head_size > self._limits.max_header_bytes:  # trailers count too
-            self._fail(self._head_too_large())
+        if self._fed > self._max_head:
+            self._check_head_size()  # trailers count too
         if self.failure is not None:
             return
         body, url = self._body, self._url
         request = Request(
             self._parser.get_method(),
-            url if url.startswith(b"/") and b"?" not in url else _path(url),
+            url if url in PLAIN_TARGETS else _path(url),
             self._headers,
             body[0] if len(body) == 1 else b"".join(body),
             self._recent and self._parser.should_keep_alive(),
             self._recent,
         )
-        self._url, self._body = b"", []
+        self._fed = 0
         self._on_request(request)
+
+    # -- what is noted, looked at ---------------------------------------------------------------------
+
+    def _check_doubles(self) -> None:
+        names = [name.lower() for name, _ in self._heads]
+        for name in SINGLE_HEADERS:
+            if names.count(name) > 1:
+                self._fail(MalformedHttp(f"header {name.decode()} is given twice", name.decode()))
+
+    def _check_head_size(self) -> None:
+        if self._head_size() > self._max_head:
+            self._fail(self._head_too_large())
+
+    def _head_size(self) -> int:
+        return len(self._url) + sum(len(name) + len(value) + 4 for name, value in self._heads)
 
     def _fail(self, error: RequestError) -> None:
         self.failure = self.failure or error
 
     def _head_too_large(self) -> RequestError:
-        return HeadersTooLarge(f"the head is larger than {self._limits.max_header_bytes} bytes")
+        return HeadersTooLarge(f"the head is larger than {self._max_head} bytes")
 
     def _body_too_large(self) -> RequestError:
-        return BodyTooLarge(f"the body is larger than {self._limits.max_body_bytes} bytes")
+        return BodyTooLarge(f"the body is larger than {self._max_body} bytes")
 
 
 def _path(url: bytes) -> bytes:

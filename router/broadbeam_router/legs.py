@@ -22,7 +22,7 @@ _PREFILL = {
     "n": Raw(b"1"),
     "kv_transfer_params": _KEEP_BLOCKS,
 }
-_NOT_FOR_PREFILL = (*ROUTING_FIELDS, "stream_options", "min_tokens", "best_of")
+_NOT_FOR_PREFILL = frozenset(("stream_options", "min_tokens", "best_of"))
 
 
 class _PrefillAnswer(msgspec.Struct):
@@ -41,9 +41,10 @@ def stripped(body: bytes) -> bytes:
 
 
 def prefill_body(body: bytes) -> bytes:
+    """`body` (already stripped) as the prefill rank gets it."""
     members = top_level(body)
-    for name in _NOT_FOR_PREFILL:
-        members.pop(name, None)
+    for name in _NOT_FOR_PREFILL & members.keys():
+        del members[name]
     if "max_completion_tokens" in members:
         members["max_completion_tokens"] = _PREFILL["max_tokens"]
     members.update(_PREFILL)

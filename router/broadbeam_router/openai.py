@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import msgspec
 from msgspec import UNSET, Meta, Raw, UnsetType
@@ -82,7 +82,6 @@ class CompletionFields(Fields, kw_only=True):
         return not several_prompts and super().splits
 
 
-F = TypeVar("F", bound=Fields)
 _chat = msgspec.json.Decoder(ChatFields)
 _completion = msgspec.json.Decoder(CompletionFields)
 _object = msgspec.json.Decoder(dict[str, Raw])
@@ -91,12 +90,20 @@ _where = re.compile(r"^(?P<what>.*?) - at `\$\.(?P<field>\w+)(?P<rest>.*)`$")
 
 def chat_fields(body: bytes) -> ChatFields:
     """The fields of a chat request; InvalidRequest names the field, its value and what is allowed."""
-    return _decoded(_chat, body)
+    try:
+        str(body, "utf-8")  # fields that nobody reads here are not decoded, so this is the only check
+        return _chat.decode(body)
+    except (ValueError, RecursionError) as error:
+        raise _explained(body, error) from error
 
 
 def completion_fields(body: bytes) -> CompletionFields:
     """The fields of a completions request; InvalidRequest as in `chat_fields`."""
-    fields = _decoded(_completion, body)
+    try:
+        str(body, "utf-8")
+        fields = _completion.decode(body)
+    except (ValueError, RecursionError) as error:
+        raise _explained(body, error) from error
     prompt = bytes(fields.prompt)
     if prompt[:1] not in (b'"', b"[") or prompt[1:].lstrip()[:1] == b"]":
         shown = _shown(fields.prompt)
@@ -109,14 +116,6 @@ def completion_fields(body: bytes) -> CompletionFields:
 def top_level(body: bytes) -> dict[str, Raw]:
     """The members of a JSON object, values as their own bytes. The body was decoded before."""
     return _object.decode(body)
-
-
-def _decoded(decoder: msgspec.json.Decoder[F], body: bytes) -> F:
-    try:
-        str(body, "utf-8")  # fields that nobody reads here are not decoded, so this is the only check
-        return decoder.decode(body)
-    except (ValueError, RecursionError) as error:
-        raise _explained(body, error) from error
 
 
 def _shown(value: Raw) -> str:

@@ -14,10 +14,8 @@ Policy = Callable[[Sequence[int], int, float], int]
 def least_loaded(loads: Sequence[int], turn: int, chance: float) -> int:
     """Any of the least loaded, each as likely."""
     least = min(loads)
-    ties = loads.count(least)
-    skip = int(chance * ties)
     index = loads.index(least)
-    for _ in range(skip):
+    for _ in range(int(chance * loads.count(least))):
         index = loads.index(least, index + 1)
     return index
 

@@ -7,6 +7,7 @@ import logging
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from broadbeam_crds.gateway_config import FileEndpoints, GatewayConfig, KubernetesEndpoints
 from broadbeam_router.app import Gateway, MetricsPage
@@ -91,7 +92,7 @@ async def _bind(loop: asyncio.AbstractEventLoop, server: Server, host: str, port
 
 def _server(
     loop: asyncio.AbstractEventLoop,
-    handler: Handler,
+    handler: Handler[Any],
     config: GatewayConfig,
     deadlines: Deadlines,
     on_refusal: Callable[[RequestError], None],

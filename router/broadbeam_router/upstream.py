@@ -13,6 +13,7 @@ from broadbeam_router.running import Signal
 
 Failure = Literal["connect", "reset", "timeout", "protocol"]
 IDLE_S = 4.0  # uvicorn (vLLM) closes after 5 s of silence; leave before it does
+JOIN_BYTES = 16384  # smaller bodies are copied behind their head, to be one write
 MAX_IDLE = 256  # connections kept per rank
 MAX_BUFFERED_BYTES = 64 * 2**20  # of an answer that is not a stream
 
@@ -35,13 +36,14 @@ class UpstreamConnection(asyncio.Protocol):
     """One exchange at a time: `send`, then the answer's fields, then for a stream `relay`."""
 
     __slots__ = (
-        "_data", "_done", "_first_byte", "_first_byte_s", "_idle_s", "_pool", "_sink", "_size", "_waiter",
-        "answer", "complete", "content_type", "deadline", "parser", "parts", "retry_after", "reusable",
+        "_first_byte", "_idle_s", "_now", "_pool", "_sink", "_size", "_waiter",
+        "body", "complete", "content_type", "deadline", "parser", "parts", "retry_after", "reusable",
         "served", "status", "streaming", "transport",
     )  # fmt: skip
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
+        self._now = pool.loop.time
         self.parser = httptools.HttpResponseParser(self)
         self.transport: asyncio.Transport | None = None
         self.deadline = NEVER
@@ -49,19 +51,13 @@ class UpstreamConnection(asyncio.Protocol):
         self._waiter: Signal | None = None
         self._sink: Sink | None = None
         self._idle_s = 0.0
-        self.reusable = False
-        self._reset()
-
-    def _reset(self) -> None:
         self.status = 0
-        self.content_type = b""
+        self.content_type = http1.JSON
         self.retry_after: bytes | None = None
-        self.streaming = False
-        self.complete = False
+        self.body = b""  # of an answer that is no stream, once it is whole
         self.parts: list[bytes] = []
         self._size = 0
-        self._first_byte = False
-        self._sink = None
+        self._first_byte = self.streaming = self.complete = self.reusable = False
 
     # -- one exchange ---------------------------------------------------------------------------------
 
@@ -69,25 +65,29 @@ class UpstreamConnection(asyncio.Protocol):
         """Write a request; resolves when the answer is whole or, for a stream, has its first part.
 
         Fails with UpstreamFailed."""
-        assert self.transport is not None
+        transport = self.transport
+        assert transport is not None
         assert self._waiter is None, "one exchange at a time"
-        loop = self._pool.loop
-        self._reset()
+        waiter = self._waiter = Signal()
+        self.status = 0
+        self.content_type = http1.JSON
+        self.retry_after = None
+        self.body = b""  # of an answer that is no stream, once it is whole
+        self.parts = []
+        self._size = 0
+        self._first_byte = self.streaming = self.complete = self.reusable = False
         self.served += 1
-        self.reusable = False
         self._idle_s = idle_s
-        self._waiter = Signal()
-        if self.transport.is_closing():
+        if transport.is_closing():
             self._fail("reset", "the connection was closed")
-            return self._waiter
-        self.deadline = loop.time() + first_byte_s
-        self._pool.deadlines.add(self)
-        if len(body) < 16384:
-            self.transport.write(head + body)
+            return waiter
+        self.deadline = self._now() + first_byte_s
+        if len(body) < JOIN_BYTES:
+            transport.write(head + body)
         else:
-            self.transport.write(head)
-            self.transport.write(body)
-        return self._waiter
+            transport.write(head)
+            transport.write(body)
+        return waiter
 
     def relay(self, sink: Sink) -> Signal:
         """Give `sink` what has come and what will; resolves at the end, fails with UpstreamFailed."""
@@ -96,24 +96,21 @@ class UpstreamConnection(asyncio.Protocol):
         if self.parts:
             self._deliver()
         if self.complete:
-            self._resolve()
+            self._waiter.set()
         elif self.transport is None or self.transport.is_closing():
             self._fail("reset", "the connection was closed")
         return self._waiter
-
-    def body(self) -> bytes:
-        return self.parts[0] if len(self.parts) == 1 else b"".join(self.parts)
 
     def release(self) -> None:
         """The exchange is over: keep the connection if it can serve another, else cut it, which makes the
         engine give the request up."""
         self._sink = None
+        self.body = b""  # an idle connection must not hold the last answer
         self._waiter = None
-        self.parts = []
-        self._pool.deadlines.discard(self)
         if self.complete and self.reusable:
             self._pool.keep(self)
         elif self.transport is not None:
+            self.deadline = NEVER
             self.transport.abort()
 
     def pause(self) -> None:
@@ -125,7 +122,7 @@ class UpstreamConnection(asyncio.Protocol):
     def resume(self) -> None:
         if self.transport is not None and not self.transport.is_closing() and not self.complete:
             self.transport.resume_reading()
-            self.deadline = self._pool.loop.time() + self._idle_s
+            self.deadline = self._now() + self._idle_s
 
     def expire(self) -> None:
         if self._waiter is None:
@@ -135,10 +132,6 @@ class UpstreamConnection(asyncio.Protocol):
         if self.transport is not None:
             self.transport.abort()
 
-    def _resolve(self) -> None:
-        if self._waiter is not None:
-            self._waiter.set()
-
     def _fail(self, kind: Failure, detail: str) -> None:
         if self._waiter is not None:
             stale = kind == "reset" and self.served > 1 and not self._first_byte
@@ -146,23 +139,18 @@ class UpstreamConnection(asyncio.Protocol):
 
     def _deliver(self) -> None:
         assert self._sink is not None
-        data = self.body()
-        self.parts.clear()
-        self._sink.deliver(data)
+        parts, self.parts = self.parts, []
+        self._sink.deliver(parts[0] if len(parts) == 1 else b"".join(parts))
 
     # -- asyncio and the parser -----------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)  # uvloop's own is no subclass
+        self._pool.deadlines.add(self)
 
     def data_received(self, data: bytes) -> None:
-        if self._waiter is None:  # nobody asked: the connection cannot be trusted
-            self._pool.forget(self)
-            assert self.transport is not None
-            self.transport.abort()
-            return
-        if self.complete:
-            self.reusable = False
+        if self._waiter is None or self.complete:
+            self._unasked()
             return
         self._first_byte = True
         try:
@@ -170,13 +158,21 @@ class UpstreamConnection(asyncio.Protocol):
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._broken(f"not HTTP: {error}")
             return
-        self.deadline = self._pool.loop.time() + self._idle_s
+        self.deadline = self._now() + self._idle_s
         if self._sink is not None and self.parts:
             self._deliver()
         if self.complete or (self.streaming and self._sink is None and self.parts):
-            self._resolve()
+            self._waiter.set()
         elif self._size > MAX_BUFFERED_BYTES:
             self._broken(f"an answer larger than {MAX_BUFFERED_BYTES} bytes")
+
+    def _unasked(self) -> None:
+        """Bytes that answer nothing: the connection cannot be trusted."""
+        self.reusable = False
+        if self._waiter is None:
+            self._pool.forget(self)
+            assert self.transport is not None
+            self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._pool.forget(self)
@@ -188,10 +184,6 @@ class UpstreamConnection(asyncio.Protocol):
         self._fail("protocol", detail)
         assert self.transport is not None
         self.transport.abort()
-
-    def on_message_begin(self) -> None:
-        if self.complete:  # more than one answer to one request
-            self.reusable = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
         name = name.lower()
@@ -215,8 +207,14 @@ class UpstreamConnection(asyncio.Protocol):
         if self.status < 200:  # 100 Continue and its like: the answer is still to come
             self.status = 0
             return
-        self.reusable = not self.complete and self.parser.should_keep_alive()
+        if self.complete:  # a second answer, after which nothing is trusted
+            self.reusable = False
+            return
         self.complete = True
+        self.reusable = self.parser.should_keep_alive()
+        if not self.streaming:
+            parts = self.parts
+            self.body = parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 class Pool:
@@ -264,7 +262,6 @@ class Pool:
             connection.transport.close()
             return
         connection.deadline = self.loop.time() + IDLE_S
-        self.deadlines.add(connection)
         self._idle.append(connection)
 
     def forget(self, connection: UpstreamConnection) -> None:
