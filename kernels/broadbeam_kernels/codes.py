@@ -95,8 +95,8 @@ def fp8_scale(amax, POW2: tl.constexpr):
 @triton.jit
 def divide(x, scale, inverse):
     """x / scale rounded as IEEE division rounds, from inverse = 1 / scale (correctly rounded)."""
-    # One Newton step on the quotient; three multiplications where div.rn takes about ten instructions. The signs
-    # are placed so that -0 stays -0.
+    # One Newton step on the quotient; three multiplications where div.rn takes about ten instructions.
+    # The signs are placed so that -0 stays -0.
     quotient = x * inverse
     return tl.fma(-tl.fma(quotient, scale, -x), inverse, quotient)
 

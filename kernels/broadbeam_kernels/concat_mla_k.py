@@ -52,7 +52,9 @@ def _is_power_of_two(n: int) -> bool:
 
 
 def concat_mla_k(k_nope: Tensor, k_rope: Tensor, out: Tensor | None = None) -> Tensor:
-    """k_nope (tokens, heads, nope) | k_rope (tokens, 1, rope) or (tokens, rope) -> (tokens, heads, nope + rope).
+    """k_nope (tokens, heads, nope) | k_rope (tokens, 1, rope) -> (tokens, heads, nope + rope).
+
+    k_rope may also be (tokens, rope).
 
     bf16, fp16, e4m3 or e5m2, all alike; nope and rope powers of two; inputs and `out` may be strided, their
     last dimension dense. Source of the shape: FlashInfer `concat_mla.cuh` (128 heads, 128 + 64).

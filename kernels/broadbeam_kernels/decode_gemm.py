@@ -1,9 +1,9 @@
 """The matrix kernel for few rows: weights stream past a handful of tokens, bound by weight bytes.
 
-Weights take the tensor core's row side (64 or 128 of them) and tokens its column side (16 and up), so that one
-token wastes no weight bandwidth. Few output tiles would leave most multiprocessors idle, so K is split over
-programs; the last one to finish a tile adds the parts in order, which keeps the result deterministic and the
-operation one launch.
+Weights take the tensor core's row side (64 or 128 of them) and tokens its column side (16 and up), so that
+one token wastes no weight bandwidth. Few output tiles would leave most multiprocessors idle, so K is split
+over programs; the last one to finish a tile adds the parts in order, which keeps the result deterministic
+and the operation one launch.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -87,7 +87,7 @@ def _decode_kernel(
 
 
 def _counter(device: torch.device) -> Tensor:
-    """Zeros that the kernel returns to zero; one buffer per device and stream, so that streams never share."""
+    """Zeros that the kernel returns to zero; one buffer per device and stream: streams never share."""
     key = (device.index, torch.cuda.current_stream(device).cuda_stream)
     if key not in _counters:
         _counters[key] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)

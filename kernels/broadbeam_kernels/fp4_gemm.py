@@ -2,8 +2,8 @@
 
 At decode sizes the packed weights' bytes bound it, at prefill sizes the bf16 tensor cores. Weights take the
 tensor core's row side so that its register operand is theirs: codes become bf16 in registers (exactly: a code
-times an e4m3 scale has six significant bits) and never exist unpacked in memory. One warp keeps packed tiles and
-activations coming through the bulk copy engine; two warpgroups own 64 weight rows each.
+times an e4m3 scale has six significant bits) and never exist unpacked in memory. One warp keeps packed tiles
+and activations coming through the bulk copy engine; two warpgroups own 64 weight rows each.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -209,8 +209,8 @@ def _consume(
                 mbarrier.wait(full.index(stage), phase)
                 codes = code_bufs.index(stage)
                 scales = scale_bufs.index(stage)
-                # A tile decodes while the one before it multiplies; waiting for all but the newest product frees
-                # the older one's registers and, once it was a stage's last, the stage.
+                # A tile decodes while the one before it multiplies; waiting for all but the newest product
+                # frees the older one's registers and, once it was a stage's last, the stage.
                 first = _operand(codes, scales, WARPGROUP * 2, mma, NVFP4)
                 token = warpgroup_mma(first, x_bufs.index(stage * 2).permute((1, 0)), acc, is_async=True)
                 acc, second = warpgroup_mma_wait(1, deps=[token, second])
@@ -321,8 +321,8 @@ def _launch(x: Tensor, w: Fp4Weights, experts: Tensor | None, block: int, out: T
         SPLIT=split,
         GROUPED=experts is not None,
         NVFP4=nvfp4,
-        # Few accumulators leave registers for a second program on each multiprocessor, whose decoding hides the
-        # waits of the first.
+        # Few accumulators leave registers for a second program on each multiprocessor, whose decoding
+        # hides the waits of the first.
         REGISTERS=232 if resident == 1 else 104,
         num_warps=4,
         maxnreg=168 if resident == 1 else 80,
@@ -348,7 +348,7 @@ def _activations(x: Tensor | Quantized, w: Fp4Weights) -> Tensor:
 def fp4_gemm(x: Tensor | Quantized, w: Fp4Weights) -> Tensor:
     """x (rows, k) bf16 or FP8 1x128 @ w (n, k).T, w prepared NVFP4 or MXFP4 of one expert -> (rows, n) bf16.
 
-    Weights enter exactly; sums in float32. n a multiple of 8. Source of the semantics: W4A16 as Marlin has it.
+    Weights enter exactly; sums in float32. n a multiple of 8. Semantics: W4A16 as Marlin has it.
     """
     check(w.shape[0] == 1, f"w holds {w.shape[0]} experts, expected 1 (see grouped_fp4_gemm)")
     x = _activations(x, w)
@@ -363,8 +363,8 @@ def fp4_gemm(x: Tensor | Quantized, w: Fp4Weights) -> Tensor:
 def grouped_fp4_gemm(x: Tensor | Quantized, w: Fp4Weights, experts: Tensor) -> Tensor:
     """Each block of rows of x (rows, k) times its expert's weights -> (rows, n) bf16.
 
-    experts int32 (rows / block), -1 for a block to skip (its output is not written); blocks of 16, 32, 64, 128
-    or 256 rows: decode packs its few tokens per expert into small blocks.
+    experts int32 (rows / block), -1 for a block to skip (its output is not written); blocks of 16, 32, 64,
+    128 or 256 rows: decode packs its few tokens per expert into small blocks.
     """
     x = _activations(x, w)
     check_tensor("experts", experts, 1, (torch.int32,), like=x)

@@ -1,9 +1,9 @@
 """FP4 weights as the matrix kernel reads them: prepared once at load, never unpacked in memory.
 
-A 64 x 64 tile is what one warpgroup feeds to the tensor core from registers, so its codes lie thread by thread:
-16 bytes a thread, one 32-bit word for each 16 columns. The eight codes of a word are spread over its two 16-bit
-halves such that one shift and one mask put a code's three magnitude bits across exponent and mantissa of a bf16,
-and its sign where a sign belongs:
+A 64 x 64 tile is what one warpgroup feeds to the tensor core from registers, so its codes lie thread by
+thread: 16 bytes a thread, one 32-bit word for each 16 columns. The eight codes of a word are spread over
+its two 16-bit halves such that one shift and one mask put a code's three magnitude bits across exponent and
+mantissa of a bf16, and its sign where a sign belongs:
 
     bits of a half   15   14   13   12   11 10   9    8..6  5..3  2..0
     code             s0   s3   3.2  s1   3.1 3.0 s2   m0    m1    m2
@@ -27,7 +27,7 @@ UNSCALE = 512.0
 
 @dataclass(frozen=True, slots=True)
 class Fp4Weights:
-    """(experts, n, k) weights in `format`: codes int32, scales int16, alpha float32 (experts,), all on one device.
+    """(experts, n, k) weights in `format`: codes int32, scales int16, alpha float32 (experts,).
 
     n is padded to 128 with zeros in the tiles. alpha is the factor that turns the kernel's sums into values:
     512 over the expert's global scale.

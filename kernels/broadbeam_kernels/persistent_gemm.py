@@ -2,9 +2,11 @@
 
 One program per multiprocessor walks the output tiles. One warp keeps a ring of shared-memory stages full
 through the bulk tensor copy engine; two warpgroups multiply, each owning half of the tile's rows. With block
-scales the product of 128 columns of K lands in fresh registers and is scaled into the accumulator ("promoted"):
-while one warpgroup promotes, the other one's product keeps the tensor cores busy, which is why they are separate
-partitions and not one of eight warps in lock-step.
+scales the product of 128 columns of K lands in fresh registers and is scaled into the accumulator
+("promoted"): while one warpgroup promotes, the other one's product keeps the tensor cores busy, which is why
+they are separate partitions and not one of eight warps in lock-step. The scales of A arrive with the tiles:
+fetched by the warpgroups themselves, they stalled every step for a trip to L2 (880 against 1250 TFLOP/s at
+4096 x 7168 x 16384, H100).
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -110,7 +112,7 @@ def _produce(
     MASKED: gl.constexpr,
     CONTIGUOUS: gl.constexpr,
 ):
-    # With few rows only their part of the tile is fetched: what lies outside a tensor costs the copy engine time.
+    # With few rows only their part of the tile is fetched: what lies outside costs the copy engine time.
     AROWS: gl.constexpr = a_desc.block_type.shape[0]
     SCALE_BYTES: gl.constexpr = AROWS * 4 if SCALED else 0
     stage = 0
@@ -119,7 +121,8 @@ def _produce(
     begin = 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         row, n, expert, cursor, begin = _locate(
-            tile, cursor, begin, tiles_m, tiles_n, group_ptr, experts, slots, BM, BLOCK_ROWS, GROUP, MASKED, CONTIGUOUS
+            tile, cursor, begin, tiles_m, tiles_n, group_ptr, experts, slots,
+            BM, BLOCK_ROWS, GROUP, MASKED, CONTIGUOUS,
         )  # fmt: skip
         if expert >= 0:
             b_row = expert * expert_rows + n * BN
@@ -200,7 +203,7 @@ def _plain_tile(
     STAGES: gl.constexpr,
     mma: gl.constexpr,
 ):
-    """One output tile with one product always in flight: a stage is handed back when the next one has begun."""
+    """One output tile, one product always in flight: a stage is handed back when the next has begun."""
     acc = gl.zeros([64, BN], gl.float32, mma)
     acc2 = acc
     for step in range(steps):
@@ -261,13 +264,15 @@ def _consume(
         part = gl.zeros([64, BN], gl.float32, mma)
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         row, n, expert, cursor, begin = _locate(
-            tile, cursor, begin, tiles_m, tiles_n, group_ptr, experts, slots, BM, BLOCK_ROWS, GROUP, MASKED, CONTIGUOUS
+            tile, cursor, begin, tiles_m, tiles_n, group_ptr, experts, slots,
+            BM, BLOCK_ROWS, GROUP, MASKED, CONTIGUOUS,
         )  # fmt: skip
         if expert >= 0:
             if SCALED:
                 b_scale = b_scale_ptr + (expert * b_scale_rows + (n * BN) // 128) * steps
                 acc, part, stage, phase = _scaled_tile(
-                    b_scale, a_bufs, b_bufs, scale_bufs, full, empty, stage, phase, steps, part, HALF, BM, BN, STAGES, mma
+                    b_scale, a_bufs, b_bufs, scale_bufs, full, empty, stage, phase, steps, part,
+                    HALF, BM, BN, STAGES, mma,
                 )  # fmt: skip
             else:
                 acc, acc2, stage, phase = _plain_tile(

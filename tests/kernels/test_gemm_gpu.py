@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from broadbeam_kernels.formats import (
-    MXFP4,
-    NVFP4,
-    Mxfp4,
-    Nvfp4,
     FP8_BLOCK128,
     FP8_BLOCK128_COLUMN,
     FP8_BLOCK128_WEIGHT,
+    MXFP4,
+    NVFP4,
     Fp8Block,
+    Mxfp4,
+    Nvfp4,
     Quantized,
 )
 from broadbeam_kernels.fp4_gemm import fp4_gemm, grouped_fp4_gemm

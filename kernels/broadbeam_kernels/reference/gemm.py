@@ -10,7 +10,8 @@ from ..fp4_weights import Fp4Weights, decode_fp4_weights
 
 def decode_rows(a: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """e4m3 (..., k) with 1x128 scales (..., k / 128) -> `dtype`."""
-    return (a.to(dtype).unflatten(-1, (-1, 128)) * scales.to(dtype).unsqueeze(-1)).flatten(-2)
+    groups: Tensor = a.to(dtype).unflatten(-1, (-1, 128)) * scales.to(dtype).unsqueeze(-1)
+    return groups.flatten(-2)
 
 
 def decode_tiles(b: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
