@@ -73,8 +73,21 @@ async def _try(operator: Operator, steps: Plan) -> str | None:
 
 async def tell(cluster: Cluster, seen: Observed, report: Object) -> None:
     """Write the status if it differs from what is stored, and Events for what has changed."""
-    if report == seen.status:
+    if same_status(report, seen.status):
         return
     await cluster.apply_status(SERVING_CLUSTER, seen.namespace, seen.name, report)
     for told in transitions(seen.status, report):
         await cluster.emit_event(seen.resource, *told)
+
+
+def same_status(report: Object, stored: Object) -> bool:
+    """Keyed lists are compared by key: merging, the API server may have put their items in another order."""
+    return _keyed(report) == _keyed(stored)
+
+
+def _keyed(status: Object) -> Object:
+    keys = {"conditions": "type", "pools": "name"}
+    return {
+        name: {item[keys[name]]: item for item in value} if name in keys else value
+        for name, value in status.items()
+    }
