@@ -20,7 +20,8 @@ def run(source: str, cache_dir: str, status_fd: int | None) -> int:
             path = str(checkpoint.prepare(source, cache_dir, progress))
     except (ValueError, OSError, MemoryError) as error:
         pipe.send(Status("failed", error=str(error) or type(error).__name__))
-        print(f"broadbeam-runtime: {error}", file=sys.stderr)
+        if status_fd is None:  # the supervisor says it otherwise, once
+            print(f"broadbeam-runtime: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("broadbeam-runtime: interrupted", file=sys.stderr)

@@ -45,7 +45,8 @@ def run(settings: RankSettings) -> int:
     except EXPECTED as error:
         message = _one_line(error)
         pipe.send(Status("failed", error=message))
-        print(f"broadbeam-runtime: rank {settings.global_rank}: {message}", file=sys.stderr)
+        if settings.status_fd is None:  # the supervisor says it otherwise, once
+            print(f"broadbeam-runtime: rank {settings.global_rank}: {message}", file=sys.stderr)
         return 1
 
 

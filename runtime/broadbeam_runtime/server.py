@@ -11,6 +11,8 @@ import msgspec
 from aiohttp import web
 
 from broadbeam_runtime import openai_api as api
+from broadbeam_runtime import prompts, transfer_params
+from broadbeam_runtime.api_error import ApiError
 from broadbeam_runtime.chat_template import TemplateError
 from broadbeam_runtime.core import ModelInfo
 from broadbeam_runtime.detokenizer import Delta
@@ -71,8 +73,8 @@ class RankServer:
         served = self._ready()
         body = api.decode(await request.read(), api.CompletionRequest)
         self._check_model(body.model)
-        prompts = _prompts(body, served)
-        wanted = api.generation(body, prompts, served.info.max_model_len, self._can_transfer)
+        prompt_ids = prompts.of_completion(body, served.tokenizer, served.info.vocab_size)
+        wanted = api.generation(body, prompt_ids, served.info.max_model_len, self._can_transfer)
         answer_id = api.request_id(request.headers.get("X-Request-Id"), "cmpl", uuid.uuid4().hex)
         shape = CompletionShape(
             answer_id, self._name, served.tokenizer, wanted.return_token_ids, body.logprobs is not None
@@ -83,7 +85,7 @@ class RankServer:
         served = self._ready()
         body = api.decode(await request.read(), api.ChatRequest)
         self._check_model(body.model)
-        prompt = _chat_prompt(body, served.tokenizer)
+        prompt = prompts.of_chat(body, served.tokenizer)
         wanted = api.generation(body, (prompt,), served.info.max_model_len, self._can_transfer)
         answer_id = api.request_id(request.headers.get("X-Request-Id"), "chatcmpl", uuid.uuid4().hex)
         shape = ChatShape(
@@ -109,9 +111,9 @@ class RankServer:
         body = api.decode(await request.read(), api.TokenizeRequest)
         self._check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
-            raise api.ApiError(400, "give either prompt or messages", "prompt")
+            raise ApiError(400, "give either prompt or messages", "prompt")
         if body.messages is not None:
-            text = _render(served.tokenizer, body.messages, body.add_generation_prompt)
+            text = prompts.render(served.tokenizer, body.messages, body.add_generation_prompt)
             tokens = served.tokenizer.encode(text, bool(body.add_special_tokens))
         else:
             tokens = served.tokenizer.encode(body.prompt or "", body.add_special_tokens is not False)
@@ -125,12 +127,12 @@ class RankServer:
         served = self._ready()
         body = api.decode(await request.read(), api.DetokenizeRequest)
         self._check_model(body.model)
-        _check_ids(body.tokens, served.info.vocab_size, "tokens")
+        prompts.check_ids(body.tokens, served.info.vocab_size, "tokens")
         return _json({"prompt": served.tokenizer.decode(body.tokens, False)})
 
     async def _health(self, _: web.Request) -> web.Response:
         if self.failure is not None:
-            raise api.ApiError(503, self.failure)
+            raise ApiError(503, self.failure)
         return web.Response(status=200 if self._served is not None else 503)
 
     async def _metrics_page(self, _: web.Request) -> web.Response:
@@ -155,7 +157,7 @@ class RankServer:
             async for _ in sequences.deltas():
                 pass
         except GenerationError as error:
-            raise api.ApiError(500, str(error)) from error
+            raise ApiError(500, str(error)) from error
         finally:
             sequences.close()
         return _json(shape.whole(sequences.choices, _usage(sequences), _transfer(sequences)), headers)
@@ -186,7 +188,7 @@ class RankServer:
         except GenerationError as error:
             if response is None:
                 raise
-            await response.write(_event(api.ApiError(500, str(error)).body()))
+            await response.write(_event(ApiError(500, str(error)).body()))
         assert response is not None
         if wanted.include_usage and all(choice.finish for choice in sequences.choices):
             await response.write(_event(shape.usage_chunk(_usage(sequences))))
@@ -198,18 +200,18 @@ class RankServer:
 
     def _ready(self) -> ServedModel:
         if self._served is None:
-            raise api.ApiError(503, "the model is loading", code="loading")
+            raise ApiError(503, "the model is loading", code="loading")
         return self._served
 
     def _check_accepting(self) -> None:
         if self.failure is not None:
-            raise api.ApiError(503, self.failure)
+            raise ApiError(503, self.failure)
         if self.draining:
-            raise api.ApiError(503, "this server is stopping and takes no new requests", code="draining")
+            raise ApiError(503, "this server is stopping and takes no new requests", code="draining")
 
     def _check_model(self, name: str | None) -> None:
         if name is not None and name != self._name:
-            raise api.ApiError(404, f"the model `{name}` does not exist", "model", "model_not_found")
+            raise ApiError(404, f"the model `{name}` does not exist", "model", "model_not_found")
 
     @web.middleware
     async def _errors(
@@ -218,17 +220,17 @@ class RankServer:
         """The one table from exceptions to OpenAI's error bodies."""
         try:
             return await handler(request)
-        except api.ApiError as error:
+        except ApiError as error:
             failure = error
         except TemplateError as error:
-            failure = api.ApiError(400, str(error), "messages")
+            failure = ApiError(400, str(error), "messages")
         except web.HTTPRequestEntityTooLarge:
-            failure = api.ApiError(413, f"the request body is larger than {MAX_BODY_BYTES} bytes")
+            failure = ApiError(413, f"the request body is larger than {MAX_BODY_BYTES} bytes")
         except web.HTTPNotFound:
-            failure = api.ApiError(404, f"no such path: {request.path}")
+            failure = ApiError(404, f"no such path: {request.path}")
         except web.HTTPMethodNotAllowed as error:
             allowed = ", ".join(sorted(error.allowed_methods))
-            failure = api.ApiError(405, f"{request.method} is not allowed on {request.path}, use {allowed}")
+            failure = ApiError(405, f"{request.method} is not allowed on {request.path}, use {allowed}")
         headers = {"Retry-After": str(RETRY_AFTER_S)} if failure.status == 503 else None
         return _json(failure.body(), headers, failure.status)
 
@@ -258,96 +260,6 @@ class DeltaBuffer:
         return joined
 
 
-def _prompts(body: api.CompletionRequest, served: ServedModel) -> tuple[tuple[int, ...], ...]:
-    """`prompt` as token ids: a string, token ids, or a list of either."""
-    prompt = body.prompt
-    if isinstance(prompt, str):
-        items: list[Any] = [prompt]
-    elif prompt and all(type(item) is int for item in prompt):
-        items = [prompt]
-    else:
-        items = prompt
-    prompts = tuple(_prompt(item, body.add_special_tokens, served) for item in items)
-    if not prompts or not all(prompts):
-        raise api.ApiError(400, "prompt is empty", "prompt")
-    return prompts
-
-
-def _prompt(item: Any, add_special_tokens: bool, served: ServedModel) -> tuple[int, ...]:
-    if isinstance(item, str):
-        ids = served.tokenizer.encode(item, add_special_tokens)
-        if ids and max(ids) >= served.info.vocab_size:
-            raise api.ApiError(
-                500,
-                f"the tokenizer made token {max(ids)}, but the model knows {served.info.vocab_size} tokens",
-            )
-        return tuple(ids)
-    if isinstance(item, list) and all(type(token) is int for token in item):
-        _check_ids(item, served.info.vocab_size, "prompt")
-        return tuple(item)
-    raise api.ApiError(400, "prompt must be a string, a list of token ids, or a list of either", "prompt")
-
-
-def _check_ids(ids: list[int], vocab_size: int, name: str) -> None:
-    for token in ids:
-        if not 0 <= token < vocab_size:
-            raise api.ApiError(
-                400, f"{name} holds token id {token}, it must be between 0 and {vocab_size - 1}", name
-            )
-
-
-def _chat_prompt(body: api.ChatRequest, tokenizer: Tokenizer) -> tuple[int, ...]:
-    if body.continue_final_message and body.add_generation_prompt:
-        raise api.ApiError(
-            400, "continue_final_message needs add_generation_prompt to be false", "continue_final_message"
-        )
-    if body.continue_final_message:
-        raise api.ApiError(400, "continue_final_message is not supported yet", "continue_final_message")
-    variables = dict(body.chat_template_kwargs or {})
-    if body.reasoning_effort is not None:
-        variables["reasoning_effort"] = body.reasoning_effort
-    text = _render(tokenizer, body.messages, body.add_generation_prompt, variables)
-    # The template writes the special tokens itself.
-    return tuple(tokenizer.encode(text, body.add_special_tokens))
-
-
-def _render(
-    tokenizer: Tokenizer,
-    messages: list[dict[str, Any]],
-    add_generation_prompt: bool,
-    variables: dict[str, Any] | None = None,
-) -> str:
-    if tokenizer.chat is None:
-        raise api.ApiError(400, "this model has no chat template, use /v1/completions", "messages")
-    if not messages:
-        raise api.ApiError(400, "messages is empty", "messages")
-    reserved = {"messages", "tools", "documents", "add_generation_prompt"} & set(variables or {})
-    if reserved:
-        raise api.ApiError(
-            400, f"chat_template_kwargs must not set {sorted(reserved)[0]}", "chat_template_kwargs"
-        )
-    plain = [_plain(message, f"messages[{index}]") for index, message in enumerate(messages)]
-    return tokenizer.chat.render(plain, add_generation_prompt, **(variables or {}))
-
-
-def _plain(message: dict[str, Any], where: str) -> dict[str, Any]:
-    """The message with `content` as one string, which is what chat templates take."""
-    if not isinstance(message.get("role"), str):
-        raise api.ApiError(400, f"{where}.role must be a string", "messages")
-    content = message.get("content")
-    if content is None or isinstance(content, str):
-        return {**message, "content": content or ""}
-    if not isinstance(content, list):
-        raise api.ApiError(400, f"{where}.content must be a string or a list of text parts", "messages")
-    texts = [
-        part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
-        for part in content
-    ]
-    if not all(isinstance(text, str) for text in texts):
-        raise api.ApiError(400, f"{where}.content: only parts of type text are supported yet", "messages")
-    return {**message, "content": "\n".join(str(text) for text in texts)}
-
-
 def _usage(sequences: Sequences) -> Usage:
     prompts = {id(choice.prompt): len(choice.prompt) for choice in sequences.choices}
     completion = sum(len(choice.token_ids) for choice in sequences.choices)
@@ -361,7 +273,7 @@ def _transfer(sequences: Sequences) -> dict[str, Any] | None:
     if params is None or not choice.token_ids:
         return params
     logprob = choice.logprobs[0] if choice.logprobs else None
-    return api.transfer_answer(params, choice.token_ids[0], logprob, sequences.cached_tokens)
+    return transfer_params.answer(params, choice.token_ids[0], logprob, sequences.cached_tokens)
 
 
 async def _open_stream(request: web.Request, headers: dict[str, str]) -> web.StreamResponse:

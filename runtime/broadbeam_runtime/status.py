@@ -6,6 +6,8 @@ import os
 
 import msgspec
 
+MAX_ERROR = 600  # characters; a line stays whole
+
 
 class Status(msgspec.Struct, frozen=True, omit_defaults=True):
     """`done` is 0..1 where known; `path` ends a fetch, `ready` a start, `error` says why it failed;
@@ -32,6 +34,8 @@ class StatusPipe:
         if self._fd is None or status == self._last:
             return
         self._last = status
+        if status.error is not None and len(status.error) > MAX_ERROR:
+            status = msgspec.structs.replace(status, error=status.error[:MAX_ERROR] + " …")
         line = msgspec.json.encode(status)[:4000] + b"\n"
         try:
             os.write(self._fd, line)

@@ -78,4 +78,4 @@ def _cgroup(name: str) -> int | None:
 
 
 def _mib(count: int) -> str:
-    return f"{count / MIB:,.1f} MiB"
+    return f"{count / MIB:,.1f} MiB" if count >= MIB // 10 else f"{count:,} bytes"

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import zmq
@@ -23,6 +24,7 @@ from broadbeam_runtime.kv.side_channel import (
     Listener,
     Refused,
     Release,
+    ToPrefill,
     Welcome,
     mismatch,
 )
@@ -138,10 +140,13 @@ class PullConnector:
         try:
             while not self._stopping:
                 self._wait()
+                # What a peer says may rest on a `hold` whose command is younger than the last look: so the
+                # messages are taken first, and the commands are carried out before they are answered.
+                messages = self._listener.receive()
                 while self._commands:
                     self._commands.popleft()()
                 now = time.monotonic()
-                self._answer(now)
+                self._answer(messages, now)
                 self._readers.attend(now)
                 self._end_leases(now)
                 if self._released or self._pulled:
@@ -185,11 +190,21 @@ class PullConnector:
     # --- prefill side
 
     def _may_read(self, ticket: Ticket, block_ids: Sequence[int]) -> bool:
-        held = self._leases.blocks(ticket)
-        return held is not None and set(block_ids) <= set(held)
+        """From a transport's thread; False also when this connector has stopped."""
+        answer: Future[bool] = Future()
 
-    def _answer(self, now: float) -> None:
-        for sender, message in self._listener.receive():
+        def command() -> None:
+            held = self._leases.blocks(ticket)
+            answer.set_result(held is not None and set(block_ids) <= set(held))
+
+        self._command(command)
+        try:
+            return answer.result(self._peer_timeout_s)
+        except TimeoutError:
+            return False
+
+    def _answer(self, messages: list[tuple[bytes, ToPrefill]], now: float) -> None:
+        for sender, message in messages:
             match message:
                 case Hello():
                     reason = mismatch(self._layout, self._transport.name, message)

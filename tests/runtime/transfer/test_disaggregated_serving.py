@@ -59,9 +59,6 @@ class Pair:
         with ThreadPoolExecutor(len(prompts)) as threads:
             return list(threads.map(self.answer, range(len(prompts)), prompts))
 
-    def wanted(self, prompts: list[Tokens]) -> list[list[int]]:
-        return [self.model.answer(tokens) for tokens in prompts]
-
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -127,20 +124,16 @@ def pair(
 def test_the_decode_group_goes_on_where_the_prefill_group_ended(pair: Pair) -> None:
     for index, tokens in enumerate(PROMPTS):
         assert pair.answer(index, tokens) == pair.model.answer(tokens), f"{len(tokens)} tokens"
+    assert pair.decode.pod.metric(BY_SOURCE, source="local_compute") == 0
     alone = pair.prefill.ask(0, PROMPTS[3])["choices"][0]["token_ids"]
     assert alone == pair.model.answer(PROMPTS[3])
 
 
-def test_sixteen_requests_in_flight_are_answered_as_if_alone(pair: Pair) -> None:
-    assert pair.answers(TOGETHER) == pair.wanted(TOGETHER)
-
-
-def test_the_decode_group_computes_no_prompt_token_and_all_blocks_are_freed(pair: Pair) -> None:
+def test_sixteen_requests_in_flight_are_answered_as_if_alone_and_all_blocks_are_freed(pair: Pair) -> None:
     prefill, decode = pair.prefill.pod, pair.decode.pod
     before = decode.metric(BY_SOURCE, source="external_kv_transfer")
-    again = [prompt(length, seed=2) for length in LENGTHS]
-    assert pair.answers(again) == pair.wanted(again)
-    assert decode.metric(BY_SOURCE, source="external_kv_transfer") - before == sum(LENGTHS)
+    assert pair.answers(TOGETHER) == [pair.model.answer(tokens) for tokens in TOGETHER]
+    assert decode.metric(BY_SOURCE, source="external_kv_transfer") - before == sum(IN_FLIGHT)
     assert decode.metric(BY_SOURCE, source="local_compute") == 0
     prefill.wait(lambda: prefill.metric("broadbeam:held_blocks") == 0)
     for pod in (prefill, decode):

@@ -1,0 +1,101 @@
+"""What a request asks about, as token ids: text, ids and chat messages, checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from broadbeam_runtime.api_error import ApiError
+from broadbeam_runtime.openai_api import ChatRequest, CompletionRequest
+from broadbeam_runtime.tokenizer import Tokenizer
+
+
+def of_completion(
+    body: CompletionRequest, tokenizer: Tokenizer, vocab_size: int
+) -> tuple[tuple[int, ...], ...]:
+    """`prompt` as token ids: a string, token ids, or a list of either."""
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        items: list[Any] = [prompt]
+    elif prompt and all(type(item) is int for item in prompt):
+        items = [prompt]
+    else:
+        items = prompt
+    prompts = tuple(_prompt(item, body.add_special_tokens, tokenizer, vocab_size) for item in items)
+    if not prompts or not all(prompts):
+        raise ApiError(400, "prompt is empty", "prompt")
+    return prompts
+
+
+def _prompt(item: Any, add_special_tokens: bool, tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:
+    if isinstance(item, str):
+        ids = tokenizer.encode(item, add_special_tokens)
+        if ids and max(ids) >= vocab_size:
+            raise ApiError(
+                500,
+                f"the tokenizer made token {max(ids)}, but the model knows {vocab_size} tokens",
+            )
+        return tuple(ids)
+    if isinstance(item, list) and all(type(token) is int for token in item):
+        check_ids(item, vocab_size, "prompt")
+        return tuple(item)
+    raise ApiError(400, "prompt must be a string, a list of token ids, or a list of either", "prompt")
+
+
+def check_ids(ids: list[int], vocab_size: int, name: str) -> None:
+    for token in ids:
+        if not 0 <= token < vocab_size:
+            raise ApiError(
+                400, f"{name} holds token id {token}, it must be between 0 and {vocab_size - 1}", name
+            )
+
+
+def of_chat(body: ChatRequest, tokenizer: Tokenizer) -> tuple[int, ...]:
+    if body.continue_final_message and body.add_generation_prompt:
+        raise ApiError(
+            400, "continue_final_message needs add_generation_prompt to be false", "continue_final_message"
+        )
+    if body.continue_final_message:
+        raise ApiError(400, "continue_final_message is not supported yet", "continue_final_message")
+    variables = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        variables["reasoning_effort"] = body.reasoning_effort
+    text = render(tokenizer, body.messages, body.add_generation_prompt, variables)
+    # The template writes the special tokens itself.
+    return tuple(tokenizer.encode(text, body.add_special_tokens))
+
+
+def render(
+    tokenizer: Tokenizer,
+    messages: list[dict[str, Any]],
+    add_generation_prompt: bool,
+    variables: dict[str, Any] | None = None,
+) -> str:
+    if tokenizer.chat is None:
+        raise ApiError(400, "this model has no chat template, use /v1/completions", "messages")
+    if not messages:
+        raise ApiError(400, "messages is empty", "messages")
+    reserved = {"messages", "tools", "documents", "add_generation_prompt"} & set(variables or {})
+    if reserved:
+        raise ApiError(
+            400, f"chat_template_kwargs must not set {sorted(reserved)[0]}", "chat_template_kwargs"
+        )
+    plain = [_plain(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    return tokenizer.chat.render(plain, add_generation_prompt, **(variables or {}))
+
+
+def _plain(message: dict[str, Any], where: str) -> dict[str, Any]:
+    """The message with `content` as one string, which is what chat templates take."""
+    if not isinstance(message.get("role"), str):
+        raise ApiError(400, f"{where}.role must be a string", "messages")
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return {**message, "content": content or ""}
+    if not isinstance(content, list):
+        raise ApiError(400, f"{where}.content must be a string or a list of text parts", "messages")
+    texts = [
+        part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+        for part in content
+    ]
+    if not all(isinstance(text, str) for text in texts):
+        raise ApiError(400, f"{where}.content: only parts of type text are supported yet", "messages")
+    return {**message, "content": "\n".join(str(text) for text in texts)}
