@@ -64,6 +64,7 @@ class Attempts(msgspec.Struct, eq=False):
 
     left: int
     tried: list[Member] = []  # not to be picked again
+    excused: list[Member] = []  # of these, the ones that may only have found the blocks gone
     names: list[str] = []
     error: UpstreamFailed | None = None
     answer: Answer | None = None  # the last one that another endpoint might not have given
@@ -73,10 +74,12 @@ class Attempts(msgspec.Struct, eq=False):
         self.tried.append(member)
         self.names.append(member.name)
 
-    def forgive(self) -> None:
-        """The blocks are given up: engines that answered are alive, and may use fresh ones or none."""
-        if self.answer is not None:
-            self.tried.clear()
+    def forgive(self) -> bool:
+        """Excused engines are alive, and may use fresh blocks or none. False if there are none of them."""
+        self.tried = [member for member in self.tried if member not in self.excused]
+        anew = bool(self.excused)
+        self.excused.clear()
+        return anew
 
 
 class Forwarder:
@@ -101,17 +104,15 @@ class Forwarder:
                     return
                 blocks = result
             member = self._fleet.pick_decode(attempts.tried, blocks.family if blocks is not None else None)
-            if member is not None:
-                if await self._decode(call, member, blocks, attempts):
-                    return
-                if blocks is not None and blocks.used_up():
+            if member is None:
+                if not attempts.forgive():
+                    break
+                if blocks is not None and blocks.uses:
                     blocks = None
-                    attempts.forgive()
-            elif blocks is not None and attempts.answer is not None:
+            elif await self._decode(call, member, blocks, attempts):
+                return
+            elif blocks is not None and blocks.used_up():
                 blocks = None
-                attempts.forgive()
-            else:
-                break
         self._give_up(call, attempts)
 
     # -- the prefill leg ------------------------------------------------------------------------------
@@ -155,6 +156,8 @@ class Forwarder:
         stands = answer.status < 400 or self._stands(call, member, "prefill", connection, attempts)
         connection.release()
         if not stands:
+            if answer.status >= 500:
+                self._fleet.answered_5xx(member)
             return None
         self._fleet.succeeded(member)
         self._metrics.legs["prefill", "ok" if answer.status < 400 else "refused"] += 1
@@ -183,6 +186,11 @@ class Forwarder:
             self._fleet.succeeded(member)
             self._metrics.legs["decode", "ok" if status < 400 else "refused"] += 1
             self._respond(call, connection)
+        else:
+            if blocks is not None:
+                attempts.excused.append(member)
+            if status >= 500 and (blocks is None or not blocks.uses):  # a second taker may find them gone
+                self._fleet.answered_5xx(member)
         connection.release()
         return stands
 
@@ -246,8 +254,6 @@ class Forwarder:
         if answer.status < 500 and answer.status not in BUSY:
             return True
         attempts.answer, attempts.error = Answer.of(answer), None
-        if answer.status >= 500:
-            self._fleet.answered_5xx(member)
         self._metrics.legs[leg, "failed"] += 1
         log.warning("request %s: %s leg on %s: status %d", call.request_id, leg, member.name, answer.status)
         return False

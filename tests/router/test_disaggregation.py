@@ -228,6 +228,40 @@ async def test_the_only_decode_engine_gets_fresh_blocks_when_the_first_are_gone(
     assert (len(rig["p"].seen), len(rig["d"].seen)) == (2, 2)
 
 
+@pytest.mark.parametrize("decoders", [1, 2], ids=["one decode engine", "two"])
+async def test_a_prefill_engine_gone_between_the_legs_costs_no_answer(rig_of, decoders) -> None:
+    rig = await rig_of({"p": "prefill"} | {f"d{i}": "decode" for i in range(decoders)})
+
+    def needs_blocks(seen: Seen) -> Script:
+        if "kv_transfer_params" not in seen.json:
+            return Script()
+        rig["p"].script = lambda seen: Script(cut="nothing")
+        return Script(status=500)
+
+    for i in range(decoders):
+        rig[f"d{i}"].script = needs_blocks
+    answer = await rig.chat()
+    assert (answer.status, answer.headers["x-broadbeam-route"]) == (200, "fallback")
+
+
+async def test_a_dead_decode_engine_costs_neither_an_answer_nor_its_neighbours_standing(rig_of) -> None:
+    rig = await rig_of({"p": "prefill", "dead": "decode", "alive": "decode"}, policy="round-robin")
+    fresh: set[str] = set()
+
+    def blocks_are_gone(seen: Seen) -> Script:
+        """As when the dead engine had fetched them: only a second prefill leg's blocks are still there."""
+        request = seen.headers["x-request-id"]
+        again = request in fresh
+        fresh.add(request)
+        return Script() if again else Script(status=500)
+
+    rig["dead"].script = lambda seen: Script(cut="nothing")
+    rig["alive"].script = blocks_are_gone
+    answers = await asyncio.gather(*(rig.chat() for _ in range(8)))
+    assert {answer.status for answer in answers} == {200}
+    assert rig.member("alive").ejected_until == 0
+
+
 async def test_a_decode_refusal_is_the_clients_answer(rig_of) -> None:
     rig = await rig_of(TWO_PAIRS)
     rig["d0"].script = rig["d1"].script = lambda seen: Script(status=422)
