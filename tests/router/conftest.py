@@ -25,7 +25,7 @@ from broadbeam_router.serve import Running, Surroundings, shut, start
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
-QUICK = TimeoutsConfig(connect_s=0.5, prefill_s=0.5, first_byte_s=0.5, idle_s=0.5, drain_s=1.0)
+PATIENT = TimeoutsConfig(connect_s=20, prefill_s=20, first_byte_s=20, idle_s=20, drain_s=1)
 
 
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> dict[str, object]:
@@ -160,7 +160,7 @@ async def rig_of(tmp_path: Path) -> AsyncIterator[RigFactory]:
             "endpoints": FileEndpoints(path=str(file)),
             "disaggregated": "prefill" in roles.values(),
             "route_headers": True,
-            "timeouts": QUICK,
+            "timeouts": PATIENT,
         }
         running = await start(GatewayConfig(**(defaults | fields)), Surroundings("127.0.0.1", 0, 0))
         port, metrics_port = (s.sockets[0].getsockname()[1] for s in running.sockets)

@@ -8,8 +8,10 @@ from collections.abc import Callable
 
 import pytest
 
+from broadbeam_crds.gateway_config import TimeoutsConfig
 from broadbeam_router.fake_engine import FakeEngine, Script, Seen
 
+QUICK = TimeoutsConfig(prefill_s=0.5, first_byte_s=0.5, idle_s=0.5)
 PREFILL_PARAMS = {
     "do_remote_decode": True,
     "do_remote_prefill": False,
@@ -136,7 +138,7 @@ async def test_one_token_prompt_is_split(rig_of) -> None:
 @pytest.mark.parametrize("leg", [("p0", "p1"), ("d0", "d1")], ids=["prefill", "decode"])
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 async def test_a_leg_that_fails_once_is_tried_on_another_endpoint(rig_of, failure, leg, stream) -> None:
-    rig = await rig_of(TWO_PAIRS)
+    rig = await rig_of(TWO_PAIRS, timeouts=QUICK if failure.delay_s else TimeoutsConfig())
     both(rig, leg, lambda: once(failure))
     answer = await rig.chat(stream=stream)
     assert answer.status == 200
@@ -281,7 +283,8 @@ async def test_a_decode_refusal_is_the_clients_answer(rig_of) -> None:
     ],
 )
 async def test_decode_failing_everywhere_is_one_clear_error(rig_of, script, status, code) -> None:
-    rig = await rig_of({"d0": "decode", "d1": "decode"})
+    timeouts = QUICK if script.delay_s else TimeoutsConfig()
+    rig = await rig_of({"d0": "decode", "d1": "decode"}, timeouts=timeouts)
     rig["d0"].script = rig["d1"].script = lambda seen: script
     answer = await rig.chat()
     assert answer.status == status

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from broadbeam_crds.gateway_config import LimitsConfig
+from broadbeam_crds.gateway_config import LimitsConfig, TimeoutsConfig
 from broadbeam_router.fake_engine import Script
 
 BODY = b'{"model":"m","messages":[{"role":"user","content":"hi"}]}'
@@ -201,7 +201,8 @@ async def test_a_head_over_the_limit_is_refused(rig, request_bytes) -> None:
     writer.close()
 
 
-async def test_half_a_request_does_not_hold_a_connection_for_ever(rig) -> None:
+async def test_half_a_request_does_not_hold_a_connection_for_ever(rig_of) -> None:
+    rig = await rig_of({"d": "decode"}, timeouts=TimeoutsConfig(idle_s=0.3))
     assert (await rig.raw(POST + b"Content-Length: 5\r\n\r\n{")).startswith(b"HTTP/1.1 408 ")
     assert await rig.raw(b"") == b"", "and an idle one is closed"
 

@@ -17,7 +17,7 @@ from broadbeam_router.fake_engine import Script
 
 CHAT = "/v1/chat/completions"
 ASK = {"model": "m", "stream": True, "messages": [{"role": "user", "content": "hi"}]}
-PATIENT = TimeoutsConfig(connect_s=0.5, prefill_s=5, first_byte_s=5, idle_s=5, drain_s=1)
+QUICK = TimeoutsConfig(prefill_s=0.5, first_byte_s=0.5, idle_s=0.5)
 
 
 def ask(**more: object) -> bytes:
@@ -45,7 +45,7 @@ async def test_events_come_through_as_they_were_and_in_order(rig_of) -> None:
 
 
 async def test_each_event_is_passed_on_when_it_comes(rig_of) -> None:
-    rig = await rig_of({"d": "decode"}, timeouts=PATIENT)
+    rig = await rig_of({"d": "decode"})
     rig["d"].script = lambda seen: Script(gap_s=0.3)
     reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
     writer.write(ask())
@@ -74,7 +74,7 @@ async def test_a_stream_that_dies_ends_in_an_error_and_no_clean_end(rig_of, cut)
 
 
 async def test_a_silent_stream_is_given_up(rig_of) -> None:
-    rig = await rig_of({"d": "decode"})
+    rig = await rig_of({"d": "decode"}, timeouts=QUICK)
     rig["d"].script = lambda seen: Script(
         raw=b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
         b"9\r\ndata: 1\n\n\r\n"
@@ -107,7 +107,7 @@ async def test_a_stream_that_dies_before_its_first_event_is_begun_anew(rig_of, s
 
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
 async def test_a_client_that_leaves_frees_the_decode_engine(rig_of, stream) -> None:
-    rig = await rig_of({"p": "prefill", "d": "decode"}, timeouts=PATIENT)
+    rig = await rig_of({"p": "prefill", "d": "decode"})
     rig["d"].script = lambda seen: Script(words=("x",) * 1000, gap_s=0.01, delay_s=0 if stream else 60)
     reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
     writer.write(ask(stream=stream))
@@ -121,7 +121,7 @@ async def test_a_client_that_leaves_frees_the_decode_engine(rig_of, stream) -> N
 
 
 async def test_a_client_that_leaves_during_prefill_frees_the_prefill_engine(rig_of) -> None:
-    rig = await rig_of({"p": "prefill", "d": "decode"}, timeouts=PATIENT)
+    rig = await rig_of({"p": "prefill", "d": "decode"})
     rig["p"].script = lambda seen: Script(delay_s=60)
     _, writer = await asyncio.open_connection("127.0.0.1", rig.port)
     writer.write(ask())
@@ -133,7 +133,7 @@ async def test_a_client_that_leaves_during_prefill_frees_the_prefill_engine(rig_
 
 
 async def test_a_client_that_leaves_while_connecting_leaks_nothing(rig_of) -> None:
-    rig = await rig_of({"d": "decode"}, timeouts=PATIENT)
+    rig = await rig_of({"d": "decode"})
     for _ in range(50):
         _, writer = await asyncio.open_connection("127.0.0.1", rig.port)
         writer.write(ask())
@@ -144,7 +144,7 @@ async def test_a_client_that_leaves_while_connecting_leaks_nothing(rig_of) -> No
 
 
 async def test_a_client_that_leaves_with_requests_in_its_pipeline_leaks_nothing(rig_of) -> None:
-    rig = await rig_of({"d": "decode"}, timeouts=PATIENT)
+    rig = await rig_of({"d": "decode"})
     rig["d"].script = lambda seen: Script(delay_s=0.1)
     _, writer = await asyncio.open_connection("127.0.0.1", rig.port)
     writer.write(ask() * 5)
@@ -158,7 +158,7 @@ async def test_a_client_that_leaves_with_requests_in_its_pipeline_leaks_nothing(
 
 
 async def test_a_client_that_does_not_read_holds_the_engine_back(rig_of) -> None:
-    rig = await rig_of({"d": "decode"}, timeouts=PATIENT)
+    rig = await rig_of({"d": "decode"})
     word = "x" * 60_000
     total = 64 * 2**20
     rig["d"].script = lambda seen: Script(words=(word,) * (total // len(word)))
@@ -183,7 +183,7 @@ async def test_a_client_that_does_not_read_holds_the_engine_back(rig_of) -> None
 
 
 async def test_a_client_that_never_reads_is_cut_and_the_engine_freed(rig_of) -> None:
-    rig = await rig_of({"d": "decode"})
+    rig = await rig_of({"d": "decode"}, timeouts=QUICK)
     rig["d"].script = lambda seen: Script(words=("x" * 60_000,) * 500)
     reader, writer = await asyncio.open_connection("127.0.0.1", rig.port, limit=2**16)
     writer.write(ask())
