@@ -56,6 +56,18 @@ def test_prefill_and_decode_apart_answer_as_one(start_pod: StartPod) -> None:
     prefill.wait(lambda: prefill.metric("broadbeam:held_blocks") == 0)
 
 
+def test_of_several_answers_one_pulls_and_the_others_find_its_prompt(start_pod: StartPod) -> None:
+    prefill, decode = start_pod(sim("prefill")), start_pod(sim("decode"))
+    prefill.ready(), decode.ready()
+    params = prefill_leg(prefill, ASK)
+    status, answer = decode.post("/v1/completions", ASK | {"kv_transfer_params": params, "n": 3})
+    assert status == 200, answer
+    assert len({choice["text"] for choice in answer["choices"]}) == 1
+    prompt = answer["usage"]["prompt_tokens"]
+    assert decode.metric("vllm:prompt_tokens_by_source_total", source="external_kv_transfer") == prompt
+    assert decode.metric("vllm:prompt_tokens_by_source_total", source="local_cache_hit") >= 2 * (prompt - 16)
+
+
 def test_an_unclaimed_prompt_is_freed_when_its_lease_ends(start_pod: StartPod) -> None:
     pod = start_pod(sim("prefill", kv_transfer={"connector": "nixl", "lease_s": 0.5})).ready()
     prefill_leg(pod, ASK)
