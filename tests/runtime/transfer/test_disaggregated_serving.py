@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.runtime.engine.conftest import IN_FLIGHT, LENGTHS, NEW_TOKENS, Model, Tokens, prompt
+import torch
+from tests.runtime.engine.conftest import IN_FLIGHT, LENGTHS, NEW_TOKENS, Tokens, prompt
 
 from broadbeam_runtime import checkpoint
 
@@ -17,6 +19,24 @@ StartPod = Callable[..., Any]
 PROMPTS = [prompt(length) for length in LENGTHS]
 TOGETHER = [prompt(length, seed=1) for length in IN_FLIGHT]
 BY_SOURCE = "vllm:prompt_tokens_by_source_total"
+
+
+class Reference:
+    """transformers' model of the same weights."""
+
+    def __init__(self, directory: Path) -> None:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        self._model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+
+    def greedy(self, tokens: Tokens, answer: list[int]) -> list[int]:
+        """What it chooses after the prompt and after each token of `answer` but the last, in one pass: equal
+        to `answer` if and only if that is the greedy answer."""
+        with torch.inference_mode():
+            logits = self._model(torch.tensor([[*tokens, *answer[:-1]]])).logits[0, len(tokens) - 1 :]
+        return [int(token) for token in logits.argmax(-1)]
 
 
 @dataclass(frozen=True)
@@ -42,9 +62,9 @@ class Group:
 
 @dataclass(frozen=True)
 class Pair:
-    """A prefill group, a decode group, and what transformers answers."""
+    """A prefill group, a decode group, and what their answers must equal."""
 
-    model: Model
+    reference: Reference
     prefill: Group
     decode: Group
 
@@ -66,15 +86,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(cache: Path) -> Callable[[str], Model]:
-    made: dict[str, Model] = {}
-
-    def make(family: str) -> Model:
-        if family not in made:
-            made[family] = Model(checkpoint.prepare(f"tiny://{family}", cache))
-        return made[family]
-
-    return make
+def reference(cache: Path) -> Callable[[str], Reference]:
+    return functools.cache(lambda family: Reference(checkpoint.prepare(f"tiny://{family}", cache)))
 
 
 def settings(family: str, role: str, connector: str, ranks: int) -> dict[str, Any]:
@@ -105,34 +118,36 @@ def pair(
     request: pytest.FixtureRequest,
     start_shared_pod: StartPod,
     cache: Path,
-    model: Callable[[str], Model],
+    reference: Callable[[str], Reference],
 ) -> Iterator[Pair]:
     family, connector, prefill_ranks, decode_ranks = request.param
-    reference = model(family)
     groups = [
         Group(start_shared_pod(settings(family, role, connector, ranks), "--cache", str(cache)), ranks)
         for role, ranks in (("prefill", prefill_ranks), ("decode", decode_ranks))
     ]
-    reference.answer(PROMPTS[0])  # loads transformers while the servers start
+    expected = reference(family)  # loaded while the servers start
     for group in groups:
         group.pod.ready()
-    yield Pair(reference, *groups)
+    yield Pair(expected, *groups)
     for group in groups:
         group.pod.stop()
 
 
 def test_the_decode_group_goes_on_where_the_prefill_group_ended(pair: Pair) -> None:
     for index, tokens in enumerate(PROMPTS):
-        assert pair.answer(index, tokens) == pair.model.answer(tokens), f"{len(tokens)} tokens"
+        answer = pair.answer(index, tokens)
+        assert len(answer) == NEW_TOKENS
+        assert answer == pair.reference.greedy(tokens, answer), f"{len(tokens)} tokens"
+        assert answer == pair.prefill.ask(index, tokens)["choices"][0]["token_ids"], "by one server alone"
     assert pair.decode.pod.metric(BY_SOURCE, source="local_compute") == 0
-    alone = pair.prefill.ask(0, PROMPTS[3])["choices"][0]["token_ids"]
-    assert alone == pair.model.answer(PROMPTS[3])
 
 
 def test_sixteen_requests_in_flight_are_answered_as_if_alone_and_all_blocks_are_freed(pair: Pair) -> None:
     prefill, decode = pair.prefill.pod, pair.decode.pod
     before = decode.metric(BY_SOURCE, source="external_kv_transfer")
-    assert pair.answers(TOGETHER) == [pair.model.answer(tokens) for tokens in TOGETHER]
+    answers = pair.answers(TOGETHER)
+    assert all(len(answer) == NEW_TOKENS for answer in answers)
+    assert answers == [pair.reference.greedy(*both) for both in zip(TOGETHER, answers, strict=True)]
     assert decode.metric(BY_SOURCE, source="external_kv_transfer") - before == sum(IN_FLIGHT)
     assert decode.metric(BY_SOURCE, source="local_compute") == 0
     prefill.wait(lambda: prefill.metric("broadbeam:held_blocks") == 0)
