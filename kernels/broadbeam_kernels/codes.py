@@ -95,10 +95,10 @@ def fp8_scale(amax, POW2: tl.constexpr):
 @triton.jit
 def divide(x, scale, inverse):
     """x / scale rounded as IEEE division rounds, from inverse = 1 / scale (correctly rounded)."""
-    # One Newton step on the quotient; three multiplications where div.rn takes about ten instructions.
-    # The signs are placed so that -0 stays -0.
+    # One Newton step on the quotient: three multiplications where div.rn takes about ten instructions.
+    # -0 must stay -0: signs turn by a factor, because Triton's unary minus is 0 - x, which makes -(+0) a +0.
     quotient = x * inverse
-    return tl.fma(-tl.fma(quotient, scale, -x), inverse, quotient)
+    return tl.fma(tl.fma(quotient, scale, x * -1.0) * -1.0, inverse, quotient)
 
 
 @triton.jit

@@ -363,10 +363,14 @@ def _descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
 
 def _scale_descriptor(scales: Tensor, block: int) -> tuple[TensorDescriptor, int]:
     """Column-major scales as one flat run, and the distance between columns."""
-    if scales.stride(-2) != 1 or (
-        scales.dim() == 3 and scales.stride(0) != scales.shape[1] * scales.shape[2]
-    ):
-        scales = scales.transpose(-1, -2).contiguous().transpose(-1, -2)
+    rows, groups = scales.shape[-2:]
+    readable = scales.stride(-2) == 1 and scales.data_ptr() % 16 == 0
+    readable = readable and (groups == 1 or scales.stride(-1) % 4 == 0)
+    if not readable or (scales.dim() == 3 and scales.stride(0) != rows * groups):
+        # The copy engine faults on columns that do not start on 16 bytes, so columns are padded to them.
+        padded = scales.new_empty((*scales.shape[:-2], groups, align(rows, 4)))
+        padded[..., :rows] = scales.transpose(-1, -2)
+        scales = padded[..., :rows].transpose(-1, -2)
     step = scales.stride(-1) if scales.shape[-1] > 1 else scales.shape[-2]
     length = scales.numel() if scales.dim() == 3 else step * (scales.shape[1] - 1) + scales.shape[0]
     # One row of a matrix: a map of rank 1 made the copy engine fault.

@@ -115,6 +115,8 @@ def test_zeros_extremes_and_ties_match_the_oracle(fmt: Format) -> None:
     x[3:8] = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0], device="cuda").repeat(64)
     x[8] = 1e-38
     x[9, 0] = 1.0
+    x[10] = -0.0  # a sign that a wrong division loses
+    x[10, ::16] = 1.0
     x = x.to(torch.bfloat16)
     assert_same(quantize(x, fmt), want(x, fmt))
     one = torch.ones(1, device="cuda")

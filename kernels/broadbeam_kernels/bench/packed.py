@@ -1,4 +1,4 @@
-"""Cases of the products whose weights stay packed in FP4: MLA's output projection and DeepSeek-V3's experts."""
+"""Cases of products whose weights stay packed in FP4: MLA's output projection, DeepSeek-V3's experts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FORMATS: dict[str, Nvfp4 | Mxfp4] = {"nvfp4": NVFP4, "mxfp4": MXFP4}
 
 
 def _weights(experts: int, n: int, k: int, fmt: Nvfp4 | Mxfp4) -> Fp4Weights:
-    """Random codes in the kernel's tiles, every scale near 2^-2: quantising gigabytes would measure nothing."""
+    """Random codes in the kernel's tiles, all scales alike: quantising gigabytes would measure nothing."""
     tiles = (experts, -(-n // 128), k // 128, 2, 2)
     codes = torch.randint(-(2**31), 2**31 - 1, (*tiles, 128, 4), dtype=torch.int32, device="cuda")
     scale = 0x4040 if isinstance(fmt, Nvfp4) else 0x7D7D
