@@ -373,7 +373,7 @@ def _scale_descriptor(scales: Tensor, block: int) -> tuple[TensorDescriptor, int
         scales = padded[..., :rows].transpose(-1, -2)
     step = scales.stride(-1) if scales.shape[-1] > 1 else scales.shape[-2]
     length = scales.numel() if scales.dim() == 3 else step * (scales.shape[1] - 1) + scales.shape[0]
-    # One row of a matrix: a map of rank 1 made the copy engine fault.
+    # One row of a matrix, as long as all columns together: a fetch is a run of one column.
     flat = scales.as_strided((1, length), (align(length, 4), 1))
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     return TensorDescriptor(flat, [1, length], [align(length, 4), 1], [1, block], layout), step
