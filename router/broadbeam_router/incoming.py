@@ -37,7 +37,7 @@ class RequestReader:
     is looked at once the head is whole."""
 
     __slots__ = (
-        "_body", "_body_size", "_fed", "_head_whole", "_headers", "_heads", "_max_body", "_max_head",
+        "_body", "_body_size", "_fed", "_headers", "_heads", "_max_body", "_max_head",
         "_on_expect", "_on_request", "_parser", "_progress", "_recent", "_size", "_still", "_url", "failure",
     )  # fmt: skip
 
