@@ -32,8 +32,7 @@ def main(rank: int, world: int, host: str) -> None:
         elif served is None:
             raise SystemExit("not started")
         elif requests := command.get("run"):
-            served.run(*(greedy(name, tuple(prompt), count) for name, (prompt, count) in requests.items()))
-            answer = {name: served.tokens(name) for name in requests}
+            answer = _run(served, requests)
         elif seconds := command.get("cpu"):
             before, dummies = time.process_time(), served.engine.stats().dummy_steps
             time.sleep(seconds)
@@ -44,6 +43,17 @@ def main(rank: int, world: int, host: str) -> None:
             answer = {"stopped": not served.engine.thread or not served.engine.thread.is_alive()}
             served.engine.scheduler.check_integrity()
         print(json.dumps(answer), flush=True)
+
+
+def _run(served: Served, requests: dict[str, Any]) -> dict[str, Any]:
+    try:
+        served.run(*(greedy(name, tuple(prompt), count) for name, (prompt, count) in requests.items()))
+    except AssertionError:
+        # The engine first answers what it lost, then ends this process with a status of its own.
+        assert served.engine.thread
+        served.engine.thread.join(10)
+        raise
+    return {name: served.tokens(name) for name in requests}
 
 
 def _engine(start: dict[str, Any], identity: RankIdentity) -> TorchEngine:
