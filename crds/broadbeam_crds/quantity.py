@@ -17,7 +17,8 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import PydanticCustomError, core_schema
 
-_SUFFIX = {
+# What may follow the number of a Kubernetes quantity.
+SUFFIXES = {
     "m": Decimal("0.001"),
     "": Decimal(1),
     "k": Decimal(10**3),
@@ -101,7 +102,7 @@ class Quantity(_Amount):
     def amount(self) -> Decimal:
         """The number itself: cores for CPU, bytes for memory."""
         number = self.rstrip("mkKMGTPi")
-        return Decimal(number) * _SUFFIX[self[len(number) :]]
+        return Decimal(number) * SUFFIXES[self[len(number) :]]
 
     @property
     def bytes(self) -> int:

@@ -5,18 +5,9 @@ from __future__ import annotations
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
+from broadbeam_crds.quantity import SUFFIXES
 from broadbeam_operator import names
 from broadbeam_operator.cluster import Object
-
-_SUFFIXES = {"m": Decimal("0.001"), "k": Decimal(10**3), "M": Decimal(10**6), "G": Decimal(10**9)} | {
-    "T": Decimal(10**12),
-    "P": Decimal(10**15),
-    "Ki": Decimal(2**10),
-    "Mi": Decimal(2**20),
-    "Gi": Decimal(2**30),
-    "Ti": Decimal(2**40),
-    "Pi": Decimal(2**50),
-}
 
 
 def must_apply(wanted: Object, live: Object | None) -> bool:
@@ -63,6 +54,6 @@ def _amount(value: Any) -> Decimal | None:
     text = str(value)
     number = text.rstrip("mkMGTPi" + "K")
     try:
-        return Decimal(number) * _SUFFIXES.get(text[len(number) :], Decimal(1))
+        return Decimal(number) * SUFFIXES.get(text[len(number) :], Decimal(1))
     except InvalidOperation:
         return None
