@@ -38,23 +38,22 @@ from .tuning import config, multiprocessors
 # stand for the scale's shift and exponent offset.
 _DECODE = """{
 .reg .b32 a0, a1, a2, a3, t, s0, s1;
-prmt.b32 s0, $9, 0, 0x4040;
-prmt.b32 s1, $9, 0, 0x4141;
-mad.lo.u32 s0, s0, SCALE, OFFSET;
-mad.lo.u32 s1, s1, SCALE, OFFSET;
-and.b32 a0, $8, 0x81C081C0;
-shl.b32 t, $8, 3;
-and.b32 a1, t, 0x81C081C0;
+.reg .b16 low, high;
+prmt.b32 t, $9, 0, 0x4140;
+mad.lo.u32 t, t, SCALE, OFFSET;
+mov.b32 {low, high}, t;
+mov.b32 s0, {low, low};
+mov.b32 s1, {high, high};
+and.b32 a0, $8, 0x81808180;
+shr.u32 t, $8, 8;
+and.b32 t, t, 0x00400040;
+or.b32 a0, a0, t;
 shl.b32 t, $8, 6;
+and.b32 a1, t, 0x81C081C0;
+shf.l.wrap.b32 t, $8, $8, 12;
 and.b32 a2, t, 0x81C081C0;
-shl.b32 t, $8, 1;
-and.b32 a3, t, 0x80008000;
-shr.b32 t, $8, 5;
-and.b32 t, t, 0x01000100;
-or.b32 a3, a3, t;
-shr.b32 t, $8, 4;
-and.b32 t, t, 0x00C000C0;
-or.b32 a3, a3, t;
+shl.b32 t, $8, 2;
+and.b32 a3, t, 0x81C081C0;
 mul.rn.bf16x2 a0, a0, s0;
 mul.rn.bf16x2 a1, a1, s1;
 mul.rn.bf16x2 a2, a2, s0;
@@ -211,12 +210,12 @@ def _consume(
                 scales = scale_bufs.index(stage)
                 # A tile decodes while the one before it multiplies; waiting for all but the newest product
                 # frees the older one's registers and, once it was a stage's last, the stage.
-                first = _operand(codes, scales, WARPGROUP * 2, mma, NVFP4)
+                first = _operand(codes, scales, WARPGROUP, mma, NVFP4)
                 token = warpgroup_mma(first, x_bufs.index(stage * 2).permute((1, 0)), acc, is_async=True)
                 acc, second = warpgroup_mma_wait(1, deps=[token, second])
                 before = gl.where(stage == 0, STAGES - 1, stage - 1)
                 mbarrier.arrive(empty.index(before), count=1, pred=step > begin)
-                second = _operand(codes, scales, WARPGROUP * 2 + 1, mma, NVFP4)
+                second = _operand(codes, scales, WARPGROUP + 2, mma, NVFP4)
                 token = warpgroup_mma(second, x_bufs.index(stage * 2 + 1).permute((1, 0)), acc, is_async=True)
                 acc, first = warpgroup_mma_wait(1, deps=[token, first])
                 stage, phase = _next(stage, phase, STAGES)
@@ -236,7 +235,7 @@ def _gemm_kernel(
     x_desc, code_desc, scale_desc, out_desc, alpha_ptr, group_ptr, tiles_m, tiles_n, steps,
     BM: gl.constexpr, STAGES: gl.constexpr, BLOCK_ROWS: gl.constexpr, GROUP: gl.constexpr,
     SPLIT: gl.constexpr, GROUPED: gl.constexpr, NVFP4: gl.constexpr, REGISTERS: gl.constexpr,
-    num_warps: gl.constexpr, maxnreg: gl.constexpr,
+    FEEDER: gl.constexpr, num_warps: gl.constexpr, maxnreg: gl.constexpr,
 ):  # fmt: skip
     x_bufs = gl.allocate_shared_memory(x_desc.dtype, [STAGES * 2, BM, 64], x_desc.layout)
     code_bufs = gl.allocate_shared_memory(code_desc.dtype, [STAGES, 8, 256], code_desc.layout)
@@ -269,7 +268,7 @@ def _gemm_kernel(
             )),
         ],
         [4, 1],
-        [REGISTERS, 32],
+        [REGISTERS, FEEDER],
     )  # fmt: skip
 
 
@@ -322,8 +321,10 @@ def _launch(x: Tensor, w: Fp4Weights, experts: Tensor | None, block: int, out: T
         GROUPED=experts is not None,
         NVFP4=nvfp4,
         # Few accumulators leave registers for a second program on each multiprocessor, whose decoding
-        # hides the waits of the first.
-        REGISTERS=232 if resident == 1 else 104,
+        # hides the waits of the first. Else all warps get the same: where the feeding warp gives its registers
+        # away, ptxas finds too few for products in flight and waits for each one.
+        REGISTERS=168 if resident == 1 else 104,
+        FEEDER=168 if resident == 1 else 32,
         num_warps=4,
         maxnreg=168 if resident == 1 else 80,
     )

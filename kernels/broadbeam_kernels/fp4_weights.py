@@ -2,11 +2,14 @@
 
 A 64 x 64 tile is what one warpgroup feeds to the tensor core from registers, so its codes lie thread by
 thread: 16 bytes a thread, one 32-bit word for each 16 columns. The eight codes of a word are spread over
-its two 16-bit halves such that one shift and one mask put a code's three magnitude bits across exponent and
-mantissa of a bf16, and its sign where a sign belongs:
+its two 16-bit halves such that one rotation and one mask put a code's three magnitude bits across exponent
+and mantissa of a bf16 (bits 8 to 6), and its sign where a sign belongs (bit 15):
 
-    bits of a half   15   14   13   12   11 10   9    8..6  5..3  2..0
-    code             s0   s3   3.2  s1   3.1 3.0 s2   m0    m1    m2
+    bits of a half   15   14   13   12..10  9    8..7     6..4  3    2..0
+    code             s0   0.0  s3   m2      s1   0.2 0.1  m3    s2   m1
+
+Code 1 is rotated by 6, code 2 by 12 (its magnitudes lie in the other half), code 3 by 2; code 0 lies in place
+but for its last bit, 8 too high. No four rotations of one mask fill a word, so one code must pay a fifth.
 """
 
 from __future__ import annotations
@@ -46,14 +49,14 @@ class Fp4Weights:
 
 
 def _words(codes: Tensor) -> Tensor:
-    """(rows, k) codes -> int32 (rows / 128, k / 128, 2, 2, 128 threads, 4 words)."""
+    """(rows, k) codes -> int32 (rows / 128, k / 128, 2 halves of k, 2 of the rows, 128 threads, 4 words)."""
     rows, k = codes.shape
     # row = tile, half, warp, row half, g; column = step, half, word, k half, t, pair
     tiles = codes.reshape(rows // 128, 2, 4, 2, 8, k // 128, 2, 4, 2, 4, 2).to(torch.int32)
-    tiles = tiles.permute(0, 5, 1, 6, 2, 4, 9, 7, 10, 8, 3)  # ... warp g t word pair (k half, row half)
+    tiles = tiles.permute(0, 5, 6, 1, 2, 4, 9, 7, 10, 8, 3)  # ... warp g t word pair (k half, row half)
     c0, c1, c2, c3 = tiles.flatten(-2).unbind(-1)
-    half = ((c0 & 8) << 12) | ((c0 & 7) << 6) | ((c1 & 8) << 9) | ((c1 & 7) << 3) | ((c2 & 8) << 6) | (c2 & 7)
-    half = half | ((c3 & 8) << 11) | ((c3 & 4) << 11) | ((c3 & 3) << 10)
+    half = (c0 & 8) << 12 | (c0 & 6) << 6 | (c0 & 1) << 14 | (c1 & 8) << 6 | (c1 & 7)
+    half = half | (c2 & 8) | (c2.flip(-1) & 7) << 10 | (c3 & 8) << 10 | (c3 & 7) << 4
     word = half[..., 0] | (half[..., 1] << 16)
     return word.reshape(rows // 128, k // 128, 2, 2, 128, 4).contiguous()
 
@@ -63,7 +66,7 @@ def _scale_tiles(scales: Tensor, per_step: int) -> Tensor:
     rows, blocks = scales.shape
     part = per_step // 2
     tiles = scales.reshape(rows // 128, 2, 4, 2, 8, blocks // per_step, 2, part)
-    tiles = tiles.permute(0, 5, 1, 6, 2, 4, 7, 3).contiguous()  # ... warp g block (row half)
+    tiles = tiles.permute(0, 5, 6, 1, 2, 4, 7, 3).contiguous()  # ... warp g block (row half)
     return tiles.view(torch.int16).reshape(rows // 128, blocks // per_step, 2, 2, 32, part)
 
 
@@ -117,18 +120,19 @@ def decode_fp4_weights(w: Fp4Weights, expert: int) -> Tensor:
     padded = align(n, 128)
     halves = torch.stack((w.codes[expert] & 0xFFFF, (w.codes[expert] >> 16) & 0xFFFF), dim=-1)
     fields = (
-        (halves >> 12 & 8) | (halves >> 6 & 7),
-        (halves >> 9 & 8) | (halves >> 3 & 7),
-        (halves >> 6 & 8) | (halves & 7),
-        (halves >> 11 & 8) | (halves >> 11 & 4) | (halves >> 10 & 3),
+        halves >> 12 & 8 | halves >> 6 & 6 | halves >> 14 & 1,
+        halves >> 6 & 8 | halves & 7,
+        halves & 8 | halves.flip(-1) >> 10 & 7,
+        halves >> 10 & 8 | halves >> 4 & 7,
     )
+    # tile step (k half) (row half) warp g t word pair (k half, row half)
     tiles = torch.stack(fields, dim=-1).reshape(padded // 128, k // 128, 2, 2, 4, 8, 4, 4, 2, 2, 2)
-    codes = tiles.permute(0, 2, 4, 10, 5, 1, 3, 7, 9, 6, 8).reshape(padded, k)
+    codes = tiles.permute(0, 3, 4, 10, 5, 1, 2, 7, 9, 6, 8).reshape(padded, k)
     part = 64 // w.format.block
     raw = (
         w.scales[expert].contiguous().view(torch.uint8).reshape(padded // 128, k // 128, 2, 2, 4, 8, part, 2)
     )
-    raw = raw.permute(0, 2, 4, 7, 5, 1, 3, 6).reshape(padded, k // w.format.block).int()
+    raw = raw.permute(0, 3, 4, 7, 5, 1, 2, 6).reshape(padded, k // w.format.block).int()
     if isinstance(w.format, Nvfp4):
         scale = torch.where(raw > 0, torch.exp2(((raw >> 3) - 10).float()) * (1 + (raw & 7) / 8), 0.0)
     else:
