@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import decode_gemm, persistent_gemm
+from . import decode_gemm, persistent_gemm, portable_gemm
 from .contracts import check, check_shape, check_tensor
 from .formats import Fp8Block, Quantized
+from .paths import matrix_path
 from .reference import gemm as oracle
 from .tuning import config
 
@@ -71,6 +72,9 @@ def fp8_gemm(
         return oracle.fp8_gemm(a.values, a.scales, weights, weight_scales, None, 0, out)
     if not rows or not n:
         return out
+    if matrix_path(out.device) == "portable":
+        portable_gemm.launch(a.values, b.values, out, a_scales=a.scales, b_scales=b.scales)
+        return out
     tile = config("fp8_gemm", out.device, rows=rows, n=n, k=k)
     if tile["KIND"] == "decode":
         decode_gemm.launch(a.values, b.values, out, a.scales, b.scales, tile)
@@ -106,7 +110,18 @@ def grouped_fp8_gemm(
     out = _output(rows, n, a, out, dtype)
     if not out.is_cuda:
         return oracle.fp8_gemm(a, a_scales, b, b_scales, experts, block, out)
-    if rows:
+    if rows and matrix_path(out.device) == "portable":
+        portable_gemm.launch(
+            a,
+            b.flatten(0, 1),
+            out,
+            a_scales=a_scales,
+            b_scales=b_scales,
+            grouping="contiguous",
+            groups=experts,
+            block_rows=block,
+        )
+    elif rows:
         tile = config("grouped_fp8_gemm", out.device, rows=rows, n=n, k=a.shape[1], block=block)
         persistent_gemm.launch(
             a,
@@ -154,7 +169,18 @@ def masked_fp8_gemm(
     result = _output(experts * slots, n, a, flat, dtype)
     if not result.is_cuda:
         return oracle.masked_fp8_gemm(a, a_scales, b, b_scales, count, result)
-    if experts and slots:
+    if experts and slots and matrix_path(result.device) == "portable":
+        portable_gemm.launch(
+            a.flatten(0, 1),
+            b.flatten(0, 1),
+            result,
+            a_scales=a_scales,
+            b_scales=b_scales,
+            grouping="masked",
+            groups=count,
+            slots=slots,
+        )
+    elif experts and slots:
         tile = config("masked_fp8_gemm", result.device, rows=slots, n=n, k=k)
         persistent_gemm.launch(
             a.flatten(0, 1),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import persistent_gemm
+from . import persistent_gemm, portable_gemm
 from .contracts import HALF_TYPES, check, check_shape, check_tensor
+from .paths import matrix_path
 from .reference import gemm as oracle
 from .tuning import config
 
@@ -35,7 +36,9 @@ def grouped_gemm(a: Tensor, b: Tensor, experts: Tensor, out: Tensor | None = Non
     check_shape("out", out, (rows, n))
     if not out.is_cuda:
         return oracle.grouped_gemm(a, b, experts, block, out)
-    if rows:
+    if rows and matrix_path(out.device) == "portable":
+        portable_gemm.launch(a, b.flatten(0, 1), out, grouping="contiguous", groups=experts, block_rows=block)
+    elif rows:
         tile = config("grouped_gemm", out.device, rows=rows, n=n, k=k, block=block)
         persistent_gemm.launch(
             a, b.flatten(0, 1), out, grouping="contiguous", groups=experts, block_rows=block, tile=tile
