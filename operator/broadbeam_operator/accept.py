@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from broadbeam_crds.checks import validate
 from broadbeam_crds.v1alpha1 import ManifestError, ServingCluster, cluster_from
 from broadbeam_operator.cluster import Object
-from broadbeam_operator.manifests import overlay, vllm
+from broadbeam_operator.manifests import overlay
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,6 @@ def refusals(cluster: ServingCluster) -> list[str]:
     """Everything that is wrong with a well-formed cluster, `field: what` a line."""
     return [
         *(violation.message for violation in validate(cluster)),
-        *vllm.refusals(cluster),
         *_templates(cluster),
     ]
 

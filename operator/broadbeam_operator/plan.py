@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from broadbeam_crds.gateway_config import FileEndpoints
-from broadbeam_crds.v1alpha1 import ServingCluster
+from broadbeam_crds.v1alpha1 import Rollout, ServingCluster
 from broadbeam_operator import pods
 from broadbeam_operator.cluster import CONFIG_MAP, Object, kind_of
 from broadbeam_operator.drift import must_apply
@@ -70,9 +70,14 @@ def replacements(found: Iterable[Group], wanted: ServingCluster) -> list[Group]:
         idle = [group for group in outdated if not group.ready]
         serving = [group for group in outdated if group.ready]
         missing = pool.groups - sum(group.ready for group in members)
-        allowed = max(1, wanted.spec.rollout.max_unavailable.of(pool.groups, round_up=False))
+        allowed = may_be_missing(wanted.spec.rollout, pool.groups)
         chosen += idle + serving[: max(0, allowed - missing)]
     return chosen
+
+
+def may_be_missing(rollout: Rollout, groups: int) -> int:
+    """Groups of a pool of `groups` that may serve nothing during a change: at least one, or none could."""
+    return max(1, rollout.max_unavailable.of(groups, round_up=False))
 
 
 def prunable(seen: Observed, desired: Mapping[Reference, Object]) -> list[Object]:

@@ -10,7 +10,7 @@ from broadbeam_crds.conventions import GROUP_READY_GATE, LABEL_GROUP, LABEL_POOL
 from broadbeam_crds.testing import pool, serving_cluster
 from broadbeam_operator import names
 from broadbeam_operator.cluster import CONFIG_MAP, STATEFUL_SET, Object, kind_of
-from broadbeam_operator.groups import groups
+from broadbeam_operator.groups import Group, groups
 from broadbeam_operator.images import Images
 from broadbeam_operator.manifests import manifests
 from broadbeam_operator.observe import Observed
@@ -124,6 +124,30 @@ def test_groups_are_replaced_as_a_whole_and_one_at_a_time(workloads, pods, repla
     wanted = serving_cluster(pools=[pool("both", groups=2)])
     found = replacements(groups(observed(workloads, pods)), wanted)
     assert [group.index for group in found] == replaced
+
+
+@pytest.mark.parametrize(
+    ("limit", "groups", "ready", "replaced"),
+    [
+        pytest.param(2, 5, 5, 2, id="a number"),
+        pytest.param(2, 5, 4, 1, id="one is missing already"),
+        pytest.param(2, 5, 3, 0, id="two are missing already"),
+        pytest.param("50%", 5, 5, 2, id="a share is rounded down"),
+        pytest.param("10%", 5, 5, 1, id="but not to nothing"),
+        pytest.param("100%", 5, 5, 5, id="all at once"),
+        pytest.param(9, 3, 3, 3, id="more than there are"),
+    ],
+)
+def test_no_more_groups_are_missing_than_the_rollout_allows(limit, groups, ready, replaced):
+    wanted = serving_cluster(pools=[pool("both", groups=groups)], rollout={"maxUnavailable": limit})
+    pods = [pod(each, revision=OLD if each < ready else NEW, ready=each < ready) for each in range(groups)]
+    found = replacements(groups_of(pods), wanted)
+    assert len(found) == replaced
+    assert all(group.ready for group in found)
+
+
+def groups_of(pods: list[Object]) -> list[Group]:
+    return groups(observed([workload(each) for each in range(len(pods))], pods))
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from broadbeam_crds.conventions import LABEL_POOL
 from broadbeam_crds.testing import pool, serving_cluster
 from broadbeam_operator.cluster import CHILD_KINDS, CONFIG_MAP, POD, SERVING_CLUSTER, STATEFUL_SET
 from broadbeam_operator.kv_effect import Tokens
+from broadbeam_operator.local.controllers import control_once, is_ready
+
+BOTH = {LABEL_POOL: "both"}
 
 
 async def test_a_new_cluster_becomes_available(world):
@@ -137,6 +141,25 @@ async def test_a_change_replaces_groups_one_at_a_time(world):
     deleted = [each.split()[-1] for each in world.store.writes if each.startswith("delete Pod")]
     assert deleted == [f"demo-both-{group}-{node}" for group in range(3) for node in range(2)]
     assert (await world.status())["pools"][0]["updatedGroups"] == 3
+
+
+@pytest.mark.parametrize(("limit", "most"), [(1, 1), (2, 2), ("75%", 3)], ids=["one", "two", "a share"])
+async def test_a_change_takes_as_many_groups_as_it_may_and_no_more(world, limit, most):
+    def rolled(**fields):
+        return serving_cluster(pools=[pool("both", groups=4, **fields)], rollout={"maxUnavailable": limit})
+
+    await world.put(rolled())
+    await world.settle()
+    await world.put(rolled(scheduling={"maxSequences": 8}))
+    missing = []
+    for _ in range(40):
+        await world.once()
+        await control_once(world.store)
+        world.run_pods()
+        missing.append(4 - sum(is_ready(each) for each in world.store.select(POD, labels=BOTH)))
+    assert max(missing) == most
+    assert (await world.status())["pools"][0]["updatedGroups"] == 4
+    assert missing[-1] == 0
 
 
 async def test_a_change_that_does_not_start_stops_at_the_first_group(world):

@@ -183,16 +183,3 @@ def test_a_dense_model_is_served_without_expert_parallelism():
 def test_vllm_reports_to_nobody():
     found = environment(cluster())
     assert (found["VLLM_NO_USAGE_STATS"], found["DO_NOT_TRACK"]) == ("1", "1")
-
-
-@pytest.mark.parametrize(
-    ("precision", "message"),
-    [
-        pytest.param(
-            {"moe": "bf16"}, 'precision.moe: "bf16" not supported by engine vllm', id="bf16 experts"
-        ),
-        pytest.param({"dispatch": "fp8"}, 'precision.dispatch: "fp8" not supported', id="fp8 dispatch"),
-    ],
-)
-def test_what_vllm_has_no_flag_for_is_refused(precision, message):
-    assert any(message in each for each in refusals(cluster(precision=precision)))

@@ -114,7 +114,6 @@ SPEC: Final = (
     Unbuilt("engine.threads", VLLM, only=(0,)),
     Unbuilt("objectives", ()),
     Unbuilt("rollout.maxSurge", (), only=(0,)),
-    Unbuilt("rollout.maxUnavailable", (), only=(1,)),
     Unbuilt("rollout.revisionHistoryLimit", (), only=(5,)),
     Unbuilt("rollout.canary", ()),
     Unbuilt("recovery", ()),

@@ -100,13 +100,14 @@ class ServingClusterStatus(ApiModel):
     operations: list[Operation] = Field(
         default_factory=list,
         max_length=256,
-        description="Steps begun and not long ended.",
+        description="Steps begun and not long ended. Reserved for the fault ladder: not written yet.",
         json_schema_extra=list_map("id"),
     )
     revisions: list[RevisionStatus] = Field(
         default_factory=list,
         max_length=128,
-        description="Revisions that are running or kept for a rollback.",
+        description="Revisions that are running or kept for a rollback. Reserved: not written yet; pools "
+        "say which revision each is to run.",
         json_schema_extra=list_map("name"),
     )
 

@@ -21,11 +21,7 @@ from broadbeam_crds.conventions import (
     SUPERVISOR_PORT,
 )
 from broadbeam_crds.model_shapes import shape_of
-from broadbeam_crds.v1alpha1 import (
-    DualBatchOverlap,
-    ServingCluster,
-    WeightOffload,
-)
+from broadbeam_crds.v1alpha1 import DualBatchOverlap, WeightOffload
 from broadbeam_operator.cluster import Object
 from broadbeam_operator.manifests.group import Group
 from broadbeam_operator.manifests.objects import container_security, http_probe
@@ -236,25 +232,6 @@ def environment(group: Group) -> list[Object]:
             "VLLM_V1_OUTPUT_PROC_CHUNK_SIZE": chunking.output and (chunking.output.size or UNCHUNKED_OUTPUTS),
         }
     return [{"name": key, "value": str(value)} for key, value in variables.items() if value is not None]
-
-
-def refusals(cluster: ServingCluster) -> list[str]:
-    """What vLLM has no flag for: said here, because rendering it would change nothing."""
-    if cluster.spec.engine.name != "vllm":
-        return []
-    found = []
-    for pool in cluster.spec.pools:
-        where, precision = f"spec.pools[{pool.name}].precision", pool.precision
-        if precision.moe == "bf16":
-            found.append(
-                f'{where}.moe: "bf16" not supported by engine vllm; it keeps what the checkpoint holds'
-            )
-        if precision.dispatch not in ("auto", "nvfp4"):
-            found.append(
-                f'{where}.dispatch: "{precision.dispatch}" not supported by engine vllm '
-                '(only "auto" or "nvfp4"); it follows the format of the experts'
-            )
-    return found
 
 
 def model_in_pod(source: str) -> str:
