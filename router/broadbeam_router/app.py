@@ -66,7 +66,7 @@ class Gateway:
 
     def handle(self, client: ClientConnection, request: Request) -> Call | None:
         started_s = time.perf_counter()
-        inference = self._inference.get(request.path)
+        inference = self._inference.get(request.head.path)
         try:
             if inference is not None:
                 return self._admit(client, request, started_s, *inference)
@@ -74,7 +74,7 @@ class Gateway:
         except RequestError as error:
             route = "other" if inference is None else inference[0]
             self.metrics.answered(route, SHAPES[type(error)].status, time.perf_counter() - started_s)
-            client.respond_error(error, echoed_id(request))
+            client.respond_error(error, echoed_id(request.head))
         return None
 
     def refused(self, error: RequestError) -> None:
@@ -84,16 +84,17 @@ class Gateway:
     # -- pages ----------------------------------------------------------------------------------------
 
     def _page(self, client: ClientConnection, request: Request) -> None:
-        page = self._pages.get(request.path)
+        head = request.head
+        page = self._pages.get(head.path)
         if page is None:
-            raise NotFound(f"no such route: {request.path[:128].decode('latin-1')}")
-        if request.method not in (b"GET", b"HEAD"):
-            raise MethodNotAllowed(f"{request.path.decode()} takes GET, not {request.method.decode()}")
+            raise NotFound(f"no such route: {head.path[:128].decode('latin-1')}")
+        if head.method not in (b"GET", b"HEAD"):
+            raise MethodNotAllowed(f"{head.path.decode()} takes GET, not {head.method.decode()}")
         page(client, request)
 
     def _list_models(self, client: ClientConnection, request: Request) -> None:
         if self._keys is not None:
-            self._keys.check(request.headers.get(b"authorization"))
+            self._keys.check(request.head)
         client.respond(200, self._models_body)
         self.metrics.answered("models", 200, 0.0)
 
@@ -119,16 +120,17 @@ class Gateway:
         route: str,
         parse: Callable[[bytes], Fields],
     ) -> Call:
-        if request.method != b"POST":
-            raise MethodNotAllowed(f"{request.path.decode()} takes POST, not {request.method.decode()}")
+        head = request.head
+        if head.method != b"POST":
+            raise MethodNotAllowed(f"{head.path.decode()} takes POST, not {head.method.decode()}")
         if self._keys is not None:
-            self._keys.check(request.headers.get(b"authorization"))
+            self._keys.check(head)
         if self.draining:
             raise Draining("the gateway is shutting down")
         if self.in_flight >= self._max_in_flight:
             limit = self._max_in_flight
             raise TooManyRequests(f"{limit} requests are in flight, which is this gateway's limit")
-        line = id_line(request)
+        line = id_line(head)
         fields = parse(request.body)
         if fields.model not in self._models:
             raise ModelNotFound(f"The model `{fields.model[:256]}` does not exist.", "model")
@@ -138,10 +140,10 @@ class Gateway:
         return Call(
             client=client,
             route=route,
-            path=request.path,
+            path=head.path,
             body=legs.stripped(request.body) if fields.steers else request.body,
             id_line=line,
-            trace_lines=trace_lines(request) if b"traceparent" in request.headers else b"",
+            trace_lines=trace_lines(head) if b"traceparent" in head.headers else b"",
             started_s=started_s,
             wants_prefill=self._disaggregated and bool(self.fleet.prefill) and fields.splits,
         )
@@ -171,7 +173,7 @@ class MetricsPage:
         self._gateway = gateway
 
     def handle(self, client: ClientConnection, request: Request) -> Call | None:
-        match request.method, request.path:
+        match request.head.method, request.head.path:
             case b"GET", b"/metrics":
                 client.respond(200, self._gateway.metrics.render(), CONTENT_TYPE)
             case b"GET", b"/health":

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from broadbeam_crds.engine_config import ConfigError
 from broadbeam_router.errors import Unauthorized
+from broadbeam_router.heads import Head
 
 log = logging.getLogger(__name__)
 
@@ -52,14 +53,19 @@ class ApiKeys:
         # A mounted Secret holds links to ..data/NAME; its own bookkeeping starts with two dots.
         return sorted(f for f in self._directory.iterdir() if not f.name.startswith(".") and f.is_file())
 
-    def check(self, authorization: bytes | None) -> None:
-        """Raises Unauthorized unless the header carries a known key."""
-        if authorization is None:
-            raise Unauthorized("an API key is needed: Authorization: Bearer KEY", "authorization")
-        scheme, _, key = authorization.partition(b" ")
-        digest = blake2b(key.strip(), digest_size=32, key=_SECRET).digest()
-        if digest not in self._digests or scheme.lower() != b"bearer":
+    def check(self, head: Head) -> None:
+        """Raises Unauthorized unless `head` carries a known key."""
+        if head.key_digest is None:
+            head.key_digest = _bearer_digest(head.headers.get(b"authorization"))
+        if head.key_digest not in self._digests:
             raise Unauthorized("the API key is not known", "authorization")
+
+
+def _bearer_digest(authorization: bytes | None) -> bytes:
+    if authorization is None:
+        raise Unauthorized("an API key is needed: Authorization: Bearer KEY", "authorization")
+    scheme, _, key = authorization.partition(b" ")
+    return _digest(key.strip()) if scheme.lower() == b"bearer" else b""
 
 
 def _digest(key: bytes) -> bytes:

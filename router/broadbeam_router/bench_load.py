@@ -19,6 +19,18 @@ import httptools
 import uvloop
 
 PROMPT = "The quick brown fox jumps over the lazy dog. " * 42  # a body of about 2 KB
+LENGTHS = 16  # of the prompts: no client's bodies are all of one length
+# What the openai client 3.54 sends.
+HEAD = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: gateway\r\nAccept-Encoding: gzip, deflate\r\n"
+    b"Connection: keep-alive\r\nauthorization: Bearer %b\r\naccept: application/json\r\n"
+    b"content-type: application/json\r\nuser-agent: OpenAI/Python 3.54.0\r\nx-stainless-lang: python\r\n"
+    b"x-stainless-package-version: 3.54.0\r\nx-stainless-os: Linux\r\nx-stainless-arch: x64\r\n"
+    b"x-stainless-runtime: CPython\r\nx-stainless-runtime-version: 3.11.7\r\nx-stainless-async: false\r\n"
+    b"x-stainless-retry-count: 0\r\nx-stainless-read-timeout: 600\r\nContent-Length: %d\r\n\r\n"
+)
+# What uvicorn, vLLM's server, puts before an answer.
+SERVED = b"HTTP/1.1 200 OK\r\ndate: Tue, 24 Nov 2026 03:00:00 GMT\r\nserver: uvicorn\r\n"
 EVENT = {
     "id": "chatcmpl-1",
     "object": "chat.completion.chunk",
@@ -51,12 +63,10 @@ class Engine(asyncio.Protocol):
         body = json.dumps(ANSWER).encode()
         self.chunk = b"%x\r\n%b\r\n" % (len(event), event)
         self.head = (
-            b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+            SERVED + b"content-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
         )
-        self.whole = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (
-            len(body),
-            body,
-        )
+        length = b"content-length: %d\r\n" % len(body)
+        self.whole = b"".join((SERVED, length, b"content-type: application/json\r\n\r\n", body))
         self.chunks = chunks
         self.parser = httptools.HttpRequestParser(self)
         self.body = b""
@@ -88,8 +98,8 @@ class Engine(asyncio.Protocol):
 class Asker(asyncio.Protocol):
     """Sends its next request when it has the answer to the last, and not before its time."""
 
-    def __init__(self, request: bytes, left: list[int], pause_s: float) -> None:
-        self.request = request
+    def __init__(self, requests: list[bytes], left: list[int], pause_s: float) -> None:
+        self.requests = requests
         self.left = left
         self.pause_s = pause_s
         self.done = asyncio.Event()
@@ -110,7 +120,7 @@ class Asker(asyncio.Protocol):
             self.done.set()
             return
         self.left[0] -= 1
-        self.transport.write(self.request)
+        self.transport.write(self.requests[self.left[0] % len(self.requests)])
 
     def data_received(self, data: bytes) -> None:
         self.parser.feed_data(data)
@@ -136,18 +146,18 @@ async def engine(port: int, chunks: int) -> None:
     await server.serve_forever()
 
 
-async def clients(port: int, requests: int, concurrency: int, rate: float, stream: bool, key: str) -> None:
-    fields = {"model": "m", "stream": stream, "messages": [{"role": "user", "content": PROMPT}]}
+def whole_request(prompt: str, stream: bool, key: str) -> bytes:
+    fields = {"model": "m", "stream": stream, "messages": [{"role": "user", "content": prompt}]}
     body = json.dumps(fields, separators=(",", ":")).encode()
-    request = (
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: gateway\r\nAccept: application/json\r\n"
-        b"Content-Type: application/json\r\nUser-Agent: OpenAI/Python 3.54\r\nAuthorization: Bearer %b\r\n"
-        b"Content-Length: %d\r\n\r\n%b" % (key.encode(), len(body), body)
-    )
+    return HEAD % (key.encode(), len(body)) + body
+
+
+async def clients(port: int, requests: int, concurrency: int, rate: float, stream: bool, key: str) -> None:
     loop = asyncio.get_running_loop()
+    requests_ = [whole_request(PROMPT[length:], stream, key) for length in range(LENGTHS)]
     left = [requests]
     pause_s = concurrency / rate if rate else 0.0
-    askers = [Asker(request, left, pause_s) for _ in range(concurrency)]
+    askers = [Asker(requests_, left, pause_s) for _ in range(concurrency)]
     start_s = time.perf_counter()
     for index, asker in enumerate(askers):
         await loop.create_connection(lambda asker=asker: asker, "127.0.0.1", port)  # type: ignore[misc]

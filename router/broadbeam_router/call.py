@@ -10,7 +10,7 @@ import msgspec
 
 from broadbeam_router.client import ClientConnection
 from broadbeam_router.errors import InvalidRequest
-from broadbeam_router.incoming import Request
+from broadbeam_router.heads import Head
 
 Way = Literal["disaggregated", "decode-only", "fallback"]
 _request_id = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
@@ -39,10 +39,10 @@ class Call(msgspec.Struct, eq=False):
         return self.id_line.decode()[len("X-Request-Id: ") : -2]
 
 
-def id_line(request: Request) -> bytes:
+def id_line(head: Head) -> bytes:
     """The header line with the client's X-Request-Id, or a new one; InvalidRequest if it could not stand in
     a log or header."""
-    given = request.headers.get(b"x-request-id")
+    given = head.headers.get(b"x-request-id")
     if given is None:
         return b"X-Request-Id: %032x\r\n" % random.getrandbits(128)
     if not _request_id.fullmatch(given):
@@ -54,14 +54,14 @@ def id_line(request: Request) -> bytes:
     return b"X-Request-Id: %b\r\n" % given
 
 
-def echoed_id(request: Request) -> bytes:
+def echoed_id(head: Head) -> bytes:
     """The header line that repeats a client's valid X-Request-Id; empty without one."""
-    given = request.headers.get(b"x-request-id")
+    given = head.headers.get(b"x-request-id")
     return b"X-Request-Id: %b\r\n" % given if given is not None and _request_id.fullmatch(given) else b""
 
 
-def trace_lines(request: Request) -> bytes:
+def trace_lines(head: Head) -> bytes:
     """The client's W3C trace context as header lines; it has a traceparent."""
-    state = request.headers.get(b"tracestate")
-    lines = b"traceparent: %b\r\n" % request.headers[b"traceparent"]
+    state = head.headers.get(b"tracestate")
+    lines = b"traceparent: %b\r\n" % head.headers[b"traceparent"]
     return lines if state is None else b"%btracestate: %b\r\n" % (lines, state)

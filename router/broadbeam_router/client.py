@@ -160,7 +160,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _start(self, request: Request) -> None:
         self._request = request
-        self._keep_alive = request.keep_alive and not self._server.draining
+        self._keep_alive = request.head.keep_alive and not self._server.draining
         self.deadline = NEVER
         handler = self._server.handler
         work = self._work = handler.handle(self, request)
@@ -232,7 +232,7 @@ class ClientConnection(asyncio.Protocol):
         """The whole answer to the request being served."""
         assert self._request is not None, "a request is answered once"
         data = http1.response(status, content_type, body, headers, self._keep_alive)
-        if self._request.method == b"HEAD":
+        if self._request.head.method == b"HEAD":
             data = data[: len(data) - len(body)]
         if not self._transport.is_closing():  # it may be, and connection_lost still to come
             self._transport.write(data)
@@ -255,7 +255,7 @@ class ClientConnection(asyncio.Protocol):
     def start_stream(self, status: int, content_type: bytes, headers: bytes, source: Source) -> None:
         """Begin an answer of unknown length; nothing is sent before its first part."""
         assert self._request is not None
-        self._chunked = self._request.chunks
+        self._chunked = self._request.head.chunks
         self._keep_alive = self._keep_alive and self._chunked
         self._stream_head = http1.stream_head(status, content_type, headers, self._keep_alive, self._chunked)
         self._source = source

@@ -10,6 +10,8 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import count
+from operator import attrgetter
 from typing import Literal
 
 from broadbeam_crds.gateway_config import Endpoint
@@ -24,6 +26,7 @@ Address = tuple[str, str, int]  # name, host, port: a replaced pod keeps its nam
 MAX_EJECTION_S = 60.0
 # An engine that answers 5xx is alive, and one poisonous request must not empty the set.
 SERVER_ERRORS_TO_EJECT = 3
+_in_flight = attrgetter("in_flight")
 
 
 class Member:
@@ -75,7 +78,7 @@ class Fleet:
         self._ejection_s = ejection_s
         self._on_ejection = on_ejection
         self._chance = chance
-        self._turns = {"prefill": 0, "decode": 0}
+        self._turns = {"prefill": count(), "decode": count()}
         self._members: dict[Address, Member] = {}
         self.prefill: tuple[Member, ...] = ()
         self.decode: tuple[Member, ...] = ()
@@ -160,9 +163,8 @@ class Fleet:
     def _pick(self, leg: Leg, candidates: Sequence[Member]) -> Member | None:
         if not candidates:
             return None
-        turn = self._turns[leg]
-        self._turns[leg] = turn + 1
-        return candidates[self._policy([m.in_flight for m in candidates], turn, self._chance())]
+        loads = [*map(_in_flight, candidates)]
+        return candidates[self._policy(loads, next(self._turns[leg]), self._chance())]
 
     # -- learning -------------------------------------------------------------------------------------
 

@@ -24,26 +24,13 @@ from broadbeam_router.errors import EngineFailed, EngineTimeout, NoEndpoint, Str
 from broadbeam_router.events import EventRelay
 from broadbeam_router.fleet import Fleet, Leg, Member
 from broadbeam_router.metrics import Metrics
-from broadbeam_router.upstream import UpstreamConnection, UpstreamFailed
+from broadbeam_router.upstream import Answer, UpstreamConnection, UpstreamFailed
 
 log = logging.getLogger(__name__)
 
 BUSY = (408, 429)  # another endpoint may have room
 HEAD = b"POST %b HTTP/1.1\r\nHost: %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%b%b\r\n"
 MAX_PARAMS_USES = 2  # decode endpoints that get the same kv_transfer_params
-
-
-class Answer(msgspec.Struct, eq=False):
-    """An engine's whole answer."""
-
-    status: int
-    content_type: bytes
-    body: bytes
-    retry_after: bytes | None
-
-    @classmethod
-    def of(cls, connection: UpstreamConnection) -> Answer:
-        return cls(connection.status, connection.content_type, connection.body, connection.retry_after)
 
 
 class Blocks(msgspec.Struct, eq=False):
@@ -65,21 +52,24 @@ class Attempts(msgspec.Struct, eq=False):
     left: int
     tried: list[Member] = []  # not to be picked again
     excused: list[Member] = []  # of these, the ones that may only have found the blocks gone
-    names: list[str] = []
+    forgiven: list[Member] = []  # were tried and may be again
     error: UpstreamFailed | None = None
     answer: Answer | None = None  # the last one that another endpoint might not have given
 
     def begin(self, member: Member) -> None:
         self.left -= 1
         self.tried.append(member)
-        self.names.append(member.name)
 
     def forgive(self) -> bool:
         """Excused engines are alive, and may use fresh blocks or none. False if there are none of them."""
         self.tried = [member for member in self.tried if member not in self.excused]
+        self.forgiven += self.excused
         anew = bool(self.excused)
         self.excused.clear()
         return anew
+
+    def names(self) -> str:
+        return ", ".join(member.name for member in (*self.forgiven, *self.tried))
 
 
 class Forwarder:
@@ -152,8 +142,8 @@ class Forwarder:
         finally:
             member.in_flight -= 1
             member.prefill_in_flight -= 1
-        answer = Answer.of(connection)
-        stands = answer.status < 400 or self._stands(call, member, "prefill", connection, attempts)
+        answer = connection.answer
+        stands = answer.status < 400 or self._stands(call, member, "prefill", answer, attempts)
         connection.release()
         if not stands:
             if answer.status >= 500:
@@ -173,26 +163,26 @@ class Forwarder:
         member.in_flight += 1
         try:
             connection = await self._send(call, member, body, self._timeouts.first_byte_s)
-            if connection.streaming:
+            answer = connection.answer
+            if answer.streaming:
                 return await self._stream(call, member, connection, attempts)
         except UpstreamFailed as error:
             self._failed(call, member, "decode", error, attempts)
             return False
         finally:
             member.in_flight -= 1
-        status = connection.status
-        stands = status < 400 or self._stands(call, member, "decode", connection, attempts)
-        if stands:
-            self._fleet.succeeded(member)
-            self._metrics.legs["decode", "ok" if status < 400 else "refused"] += 1
-            self._respond(call, connection)
-        else:
+        connection.release()
+        status = answer.status
+        if status >= 400 and not self._stands(call, member, "decode", answer, attempts):
             if blocks is not None:
                 attempts.excused.append(member)
             if status >= 500 and (blocks is None or not blocks.uses):  # a second taker may find them gone
                 self._fleet.answered_5xx(member)
-        connection.release()
-        return stands
+            return False
+        self._fleet.succeeded(member)
+        self._metrics.legs["decode", "ok" if status < 400 else "refused"] += 1
+        self._respond(call, answer)
+        return True
 
     async def _stream(
         self, call: Call, member: Member, connection: UpstreamConnection, attempts: Attempts
@@ -201,7 +191,7 @@ class Forwarder:
         client = call.client
         call.status = 200
         call.first_byte_s = time.perf_counter()
-        client.start_stream(200, connection.content_type, self._headers(call), connection)
+        client.start_stream(200, connection.answer.content_type, self._headers(call), connection)
         relay = EventRelay(client)
         try:
             await connection.relay(relay)
@@ -247,13 +237,11 @@ class Forwarder:
         self._metrics.legs[leg, "failed"] += 1
         log.warning("request %s: %s leg on %s: %s", call.request_id, leg, member.name, error)
 
-    def _stands(
-        self, call: Call, member: Member, leg: Leg, answer: UpstreamConnection, attempts: Attempts
-    ) -> bool:
+    def _stands(self, call: Call, member: Member, leg: Leg, answer: Answer, attempts: Attempts) -> bool:
         """Whether an error answer stands; False if another endpoint may do better."""
         if answer.status < 500 and answer.status not in BUSY:
             return True
-        attempts.answer, attempts.error = Answer.of(answer), None
+        attempts.answer, attempts.error = answer, None
         self._metrics.legs[leg, "failed"] += 1
         log.warning("request %s: %s leg on %s: status %d", call.request_id, leg, member.name, answer.status)
         return False
@@ -263,7 +251,7 @@ class Forwarder:
         if answer is not None and answer.status in BUSY:
             self._respond(call, answer)
             return
-        names = ", ".join(attempts.names)
+        names = attempts.names()
         if answer is not None:
             raise EngineFailed(f"no engine could answer (tried {names}; the last said {answer.status})")
         if error is not None:
@@ -271,7 +259,7 @@ class Forwarder:
             raise kind(f"no engine could answer (tried {names}; the last: {error})")
         raise NoEndpoint("no decode engine is ready")
 
-    def _respond(self, call: Call, answer: Answer | UpstreamConnection) -> None:
+    def _respond(self, call: Call, answer: Answer) -> None:
         headers = self._headers(call) if self._route_headers else call.id_line
         if answer.retry_after is not None:
             headers += b"Retry-After: %b\r\n" % answer.retry_after

@@ -13,6 +13,7 @@ import msgspec
 
 from broadbeam_crds.gateway_config import LimitsConfig
 from broadbeam_router.errors import BodyTooLarge, HeadersTooLarge, MalformedHttp, RequestError
+from broadbeam_router.heads import Head, KnownHead, known_head
 
 # The targets of nearly all requests, in which there is nothing to look for.
 PLAIN_TARGETS = frozenset((b"/v1/chat/completions", b"/v1/completions"))
@@ -20,25 +21,20 @@ SINGLE_HEADERS = (b"host", b"authorization", b"x-request-id", b"traceparent", b"
 
 
 class Request(msgspec.Struct, eq=False):
-    """`headers` has names in lower case; of a header that came twice, the last."""
-
-    method: bytes
-    path: bytes
-    headers: dict[bytes, bytes]
+    head: Head
     body: bytes
-    keep_alive: bool
-    chunks: bool  # whether the client understands them (HTTP/1.1)
 
 
 class RequestReader:
     """Calls `on_request` for every whole request and `on_expect` when a client waits for 100 Continue.
 
-    The parser's callbacks run for every request, some for every header: they only note, and what is noted
-    is looked at once the head is whole."""
+    The parser's callbacks only note, and what is noted is looked at once the head is whole. A request whose
+    head is known goes past the parser, which then stands between two requests."""
 
     __slots__ = (
-        "_body", "_body_size", "_fed", "_headers", "_heads", "_max_body", "_max_head",
-        "_on_expect", "_on_request", "_parser", "_progress", "_recent", "_size", "_still", "_url", "failure",
+        "_body", "_body_size", "_fed", "_first", "_headers", "_heads", "_known", "_max_body", "_max_head",
+        "_missing", "_on_expect", "_on_request", "_parser", "_progress", "_recent", "_size", "_still", "_url",
+        "failure",
     )  # fmt: skip
 
     def __init__(
@@ -49,16 +45,49 @@ class RequestReader:
         self._on_request = on_request
         self._on_expect = on_expect
         self._parser = httptools.HttpRequestParser(self)
+        self._body: list[bytes] = []
         self._size = 0  # bytes of the read being parsed
         self._fed = 0  # bytes read for the request being read, or somewhat more
         self._still = 0  # bytes since the parser last told of any
         self._progress = (0, 0, 0)
+        self._first = b""  # the read that the request being parsed begins, while no head is known
+        self._known: KnownHead | None = None
+        self._missing = 0  # bytes of the body of a request with the known head
         self.failure: RequestError | None = None  # sticks: no request is read after it
         self.on_message_begin()
 
     def feed(self, data: bytes) -> None:
         """Take what came; `failure` is set when it cannot be served."""
+        known = self._known
+        if self._missing:
+            data = self._take_body(data)
+        elif known is not None and not self._fed and data.startswith(known.before):
+            length, rest = known.split(data)
+            if 0 < length <= self._max_body:
+                self._missing = length
+                data = self._take_body(rest)
+        if data:
+            self._parse(data)
+
+    def _take_body(self, data: bytes) -> bytes:
+        """Complete the request with the known head; what comes after it is given back."""
+        known, missing = self._known, self._missing
+        assert known is not None
+        body, rest = data[:missing], data[missing:]
+        missing = self._missing = missing - len(body)
+        if missing or self._body:
+            self._body.append(body)
+            if missing:
+                return b""
+            body = b"".join(self._body)
+            self._body = []
+        self._on_request(Request(known.head, body))
+        return rest
+
+    def _parse(self, data: bytes) -> None:
         size = self._size = len(data)
+        if not self._fed and self._known is None:
+            self._first = data
         self._fed += size
         try:
             self._parser.feed_data(data)
@@ -70,7 +99,7 @@ class RequestReader:
     @property
     def halfway(self) -> bool:
         """Whether a part of a request has come."""
-        return self._fed > 0
+        return self._fed > 0 or self._missing > 0
 
     def _watch_progress(self, size: int) -> None:
         """A request is not whole: neither its head nor what the parser swallows unsaid may grow for ever."""
@@ -87,7 +116,6 @@ class RequestReader:
     def on_message_begin(self) -> None:
         self._url = b""
         self._heads: list[tuple[bytes, bytes]] = []
-        self._body: list[bytes] = []
         self._body_size = 0
         self._fed = self._size
 
@@ -128,17 +156,21 @@ class RequestReader:
             self._check_head_size()  # trailers count too
         if self.failure is not None:
             return
-        body, url = self._body, self._url
-        request = Request(
+        url = self._url
+        head = Head(
             self._parser.get_method(),
             url if url in PLAIN_TARGETS else _path(url),
             self._headers,
-            body[0] if len(body) == 1 else b"".join(body),
             self._recent and self._parser.should_keep_alive(),
             self._recent,
         )
+        body = b"".join(self._body)
+        self._body = []
+        if self._first:
+            self._known = known_head(self._first, head, len(body))
+            self._first = b""
         self._fed = 0
-        self._on_request(request)
+        self._on_request(Request(head, body))
 
     # -- what is noted, looked at ---------------------------------------------------------------------
 

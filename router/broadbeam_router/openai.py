@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from operator import attrgetter
 from typing import Annotated
 
 import msgspec
@@ -21,6 +22,9 @@ ROUTING_FIELDS = (
     "bootstrap_room",
     "data_parallel_rank",
 )
+
+_routing = attrgetter(*ROUTING_FIELDS)
+_NO_ROUTING = (UNSET,) * len(ROUTING_FIELDS)
 
 Choices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
 Tokens = Annotated[int, Meta(ge=1)]
@@ -46,14 +50,7 @@ class Fields(msgspec.Struct, kw_only=True):
     @property
     def steers(self) -> bool:
         """Whether the client sent one of ROUTING_FIELDS."""
-        return not (
-            self.kv_transfer_params is UNSET
-            and self.ec_transfer_params is UNSET
-            and self.bootstrap_host is UNSET
-            and self.bootstrap_port is UNSET
-            and self.bootstrap_room is UNSET
-            and self.data_parallel_rank is UNSET
-        )
+        return _routing(self) != _NO_ROUTING
 
     @property
     def splits(self) -> bool:

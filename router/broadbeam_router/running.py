@@ -65,7 +65,7 @@ class Run:
             self._ended(failure)
         else:
             self._waiting = waiting
-            if isinstance(waiting, Signal):
+            if type(waiting) is Signal:
                 waiting.resume = self.step
             else:
                 assert isinstance(waiting, asyncio.Future), "only signals and futures can be awaited"

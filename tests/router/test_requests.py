@@ -13,6 +13,7 @@ from broadbeam_crds.gateway_config import AuthConfig, LimitsConfig
 from broadbeam_router.auth import ApiKeys
 from broadbeam_router.errors import SHAPES, RequestError, Unauthorized
 from broadbeam_router.fake_engine import Script
+from broadbeam_router.heads import Head
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -357,20 +358,27 @@ async def test_keys_are_asked_for_and_not_passed_on(rig_of, keys_dir, caplog) ->
     assert "key-one" not in caplog.text
 
 
+def with_key(authorization: bytes) -> Head:
+    return Head(b"POST", b"/", {b"authorization": authorization}, keep_alive=True, chunks=True)
+
+
 def test_keys_are_read_again_when_they_change(keys_dir) -> None:
     keys = ApiKeys(str(keys_dir))
-    keys.check(b"bearer key-one")
+    known = with_key(b"bearer key-one")
+    keys.check(known)
     (keys_dir / "new").write_text("key-one-b\n")
     os.replace(keys_dir / "new", keys_dir / "team-a")
     keys.refresh()
-    keys.check(b"Bearer key-one-b")
+    keys.check(with_key(b"Bearer key-one-b"))
+    with pytest.raises(Unauthorized):
+        keys.check(known)
     for file in keys_dir.iterdir():
         file.unlink()
     keys_dir.rmdir()
     keys.refresh()
     for key in (b"key-one", b"key-one-b", b"key-three"):
         with pytest.raises(Unauthorized):
-            keys.check(b"Bearer " + key)
+            keys.check(with_key(b"Bearer " + key))
 
 
 def test_keys_that_are_not_there_stop_the_start(tmp_path) -> None:
