@@ -20,7 +20,7 @@ Right = tuple[str, str, str]  # group, resource, verb
 UPKEEP: set[Right] = {
     (kind.api_version.rpartition("/")[0], kind.plural, verb)
     for kind in CHILD_KINDS
-    for verb in ("list", "create", "patch", "delete")
+    for verb in ("get", "list", "create", "patch", "delete")
 }
 # Rights that no request shows, each with its reason.
 UNUSED: dict[Right, str] = {

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from broadbeam_crds.gateway_config import FileEndpoints
 from broadbeam_crds.v1alpha1 import Rollout, ServingCluster
 from broadbeam_operator import pods
-from broadbeam_operator.cluster import CONFIG_MAP, Object, kind_of
+from broadbeam_operator.cluster import CONFIG_MAP, Object
 from broadbeam_operator.drift import must_apply
 from broadbeam_operator.groups import Group, groups
 from broadbeam_operator.images import Images
 from broadbeam_operator.manifests import manifests
-from broadbeam_operator.observe import Observed, Reference
+from broadbeam_operator.observe import Observed, Reference, reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ def plan(
     seen: Observed, wanted: ServingCluster, images: Images, endpoints: FileEndpoints | None = None
 ) -> Plan:
     """`endpoints` is where the gateway finds the ranks without Kubernetes."""
-    desired = {_reference(obj): obj for obj in manifests(wanted, images, endpoints)}
+    desired = {reference(obj): obj for obj in manifests(wanted, images, endpoints)}
     replaced = replacements(groups(seen), wanted)
     return Plan(
         apply=[obj for key, obj in desired.items() if must_apply(obj, seen.children.get(key))],
@@ -97,7 +97,3 @@ def mounted_configs(found: Iterable[Object]) -> set[str]:
         for volume in pod["spec"].get("volumes") or ()
         if "configMap" in volume
     }
-
-
-def _reference(obj: Object) -> Reference:
-    return kind_of(obj), obj["metadata"]["name"]

@@ -6,11 +6,12 @@ import pytest
 
 from broadbeam_crds.conventions import LABEL_POOL
 from broadbeam_crds.testing import pool, serving_cluster
-from broadbeam_operator.cluster import CHILD_KINDS, CONFIG_MAP, POD, SERVING_CLUSTER, STATEFUL_SET
+from broadbeam_operator.cluster import CHILD_KINDS, CONFIG_MAP, POD, SERVICE, SERVING_CLUSTER, STATEFUL_SET
 from broadbeam_operator.kv_effect import Tokens
 from broadbeam_operator.local.controllers import control_once, is_ready
 
 BOTH = {LABEL_POOL: "both"}
+KEEPER = {"name": "keeper", "namespace": "default"}
 
 
 async def test_a_new_cluster_becomes_available(world):
@@ -241,6 +242,67 @@ async def test_a_refused_write_is_reported_and_tried_again(world):
     world.store.refuse = set()
     await world.settle()
     assert (await world.status())["summary"]["state"] == "Available"
+
+
+async def accepted(world, name):
+    found = await world.store.get(SERVING_CLUSTER, "default", name)
+    return next(each for each in found["status"]["conditions"] if each["type"] == "Accepted")
+
+
+async def test_a_cluster_never_takes_what_another_one_has(world):
+    await world.put(serving_cluster("a", pools=[pool("b-c", "both")]))
+    await world.once("a")
+    before = {kind: world.store.select(kind) for kind in CHILD_KINDS}
+    await world.put(serving_cluster("a-b", pools=[pool("c", "both")]))
+    done = await world.once("a-b")
+    assert done is not None
+    assert {kind: world.store.select(kind) for kind in CHILD_KINDS} == before
+    found = await accepted(world, "a-b")
+    assert (found["status"], found["reason"]) == ("False", "NameTaken")
+    assert 'StatefulSet "a-b-c-0" of this cluster belongs to ServingCluster "a"' in found["message"]
+    assert done.error is not None  # so that the next pass comes soon
+    await world.store.delete(SERVING_CLUSTER, "default", "a")
+    await world.once("a-b")
+    assert (await accepted(world, "a-b"))["status"] == "True"
+    assert world.names(STATEFUL_SET) == ["a-b-c-0"]
+
+
+async def test_an_object_that_a_person_made_is_not_taken_over(world):
+    meta = {"name": "demo-gateway", "namespace": "default"}
+    theirs = world.store.create({"apiVersion": "v1", "kind": "Service", "metadata": meta, "spec": {}})
+    await world.put(serving_cluster())
+    await world.once()
+    assert (await accepted(world, "demo"))["message"] == (
+        'metadata.name: Service "demo-gateway" of this cluster is there already and not ours; delete it, or '
+        "rename the cluster"
+    )
+    assert world.store.select(SERVICE) == [theirs]
+
+
+async def test_a_cluster_waits_for_the_objects_of_an_earlier_one_of_its_name_to_go(world):
+    await world.put(serving_cluster())
+    await world.once()
+    keeper = world.store.create({"apiVersion": "v1", "kind": "ConfigMap", "metadata": KEEPER})
+    old = world.store.select(STATEFUL_SET)[0]
+    old["metadata"]["ownerReferences"].append({"uid": keeper["metadata"]["uid"]})  # so that it stays a while
+    world.store._replace(("statefulsets", "default", old["metadata"]["name"]), old)
+    await world.store.delete(SERVING_CLUSTER, "default", "demo")
+    await world.put(serving_cluster())
+    await world.once()
+    assert "is still that of an earlier one of its name" in (await accepted(world, "demo"))["message"]
+    world.store.remove(keeper)
+    await world.settle()
+    assert (await world.status())["summary"]["state"] == "Available"
+
+
+async def test_what_has_lost_its_label_is_still_ours(world):
+    await world.put(serving_cluster())
+    await world.settle()
+    live = world.workload("demo-decode-0")
+    live["metadata"]["labels"] = {}
+    world.store._replace(("statefulsets", "default", "demo-decode-0"), live)
+    await world.settle()
+    assert world.workload("demo-decode-0")["metadata"]["labels"]
 
 
 async def test_events_tell_the_story_once(world):
