@@ -65,9 +65,8 @@ async def taken_names(cluster: Cluster, seen: Observed, wanted: Iterable[Object]
     Cluster a with pool b-c wants the names that cluster a-b with pool c has, and a person may have made a
     Service of that name: applying would take it over.
     """
-    found = await asyncio.gather(
-        *(cluster.get(kind, seen.namespace, name) for kind, name in map(reference, new))
-    )
+    new = [each for each in map(reference, wanted) if each not in seen.children]
+    found = await asyncio.gather(*(cluster.get(kind, seen.namespace, name) for kind, name in new))
     uid = seen.resource["metadata"]["uid"]
     return [_whose(obj, seen) for obj in found if obj is not None and not owned_by(obj, uid)]
 
