@@ -1,0 +1,160 @@
+"""Launches `fp4_gemm.cu`: products with FP4 weights on Hopper, plain and grouped."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from torch import Tensor
+
+from ..formats import Nvfp4
+from ..fp4_weights import Fp4Weights
+from ..tuning import multiprocessors
+from .nvrtc import Function, cubin, native
+from .tensor_map import tensor_map
+
+SHARED_BYTES = 227 << 10  # what the blocks of one multiprocessor share on sm_90, 1 KiB more for each of them
+MOST_STAGES = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Compile-time choices of the kernel, named as there; `group` is the launch's."""
+
+    tokens: int
+    warpgroups: int = 2
+    halves: int = 2
+    split: int = 1
+    resident: int = 1
+    group: int = 1
+    stages: int = MOST_STAGES
+
+    @property
+    def threads(self) -> int:
+        return 128 * self.warpgroups + (128 if self.tokens > 128 else 32)
+
+    @property
+    def box(self) -> int:
+        """Tokens that are fetched at once."""
+        return min(self.tokens, 128)
+
+    @property
+    def sent(self) -> int:
+        """Tokens that are sent at once."""
+        return 8 if self.split > 1 else self.box
+
+    @property
+    def _out_bytes(self) -> int:
+        kept = -(-self.tokens // 8 // self.split) if self.split > 1 else 1
+        return self.warpgroups * kept * self.sent * 128
+
+    def _stage_bytes(self, nvfp4: bool) -> int:
+        packed = self.warpgroups // 2 * (4096 + (512 if nvfp4 else 256))
+        return self.halves * (self.tokens * 128 + packed) + 16
+
+    def ring(self, nvfp4: bool) -> int:
+        """Stages that fit beside the outgoing tile."""
+        room = (SHARED_BYTES - (self.resident - 1) * 1024) // self.resident - self._out_bytes
+        return min(self.stages, room // self._stage_bytes(nvfp4))
+
+    def shared_bytes(self, nvfp4: bool) -> int:
+        """Of one block."""
+        return self.ring(nvfp4) * self._stage_bytes(nvfp4) + self._out_bytes
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "alpha", "groups")),
+        *(
+            (name, ctypes.c_int)
+            for name in (
+                "rows",
+                "tiles_m",
+                "tiles_n",
+                "packed",
+                "steps",
+                "block_rows",
+                "group",
+                "scale_factor",
+            )
+        ),
+    )
+
+
+def _multiply(n: int) -> str:
+    """`multiply(d, a0..a3, b)`: d += a (64, 16) @ b (n, 16).T in bf16, a in registers, d spelled out."""
+    count = n // 2
+    registers = ", ".join(f"%{i}" for i in range(count))
+    outputs = ", ".join(f'"+f"(d[{i}])' for i in range(count))
+    operand = ", ".join(f"%{count + i}" for i in range(4))
+    return f"""
+__device__ __forceinline__ void multiply(
+    float (&d)[{count}], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned long long b) {{
+  asm volatile(
+      "{{\\n.reg .pred p;\\nsetp.eq.b32 p, 0, 0;\\n"
+      "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.bf16.bf16 "
+      "{{{registers}}}, {{{operand}}}, %{count + 4}, p, 1, 1, 0;\\n}}"
+      : {outputs} : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b));
+}}
+"""
+
+
+def source(tile: Tile, nvfp4: bool, grouped: bool) -> tuple[str, dict[str, str], dict[str, int]]:
+    """The kernel's text, its headers and its definitions for these choices."""
+    here = Path(__file__)
+    headers = {
+        "hopper.cuh": here.with_name("hopper.cuh").read_text(),
+        "wgmma.cuh": "".join(_multiply(n) for n in {tile.tokens, tile.box}),
+    }
+    defines = {
+        "TOKENS": tile.tokens,
+        "WARPGROUPS": tile.warpgroups,
+        "HALVES": tile.halves,
+        "STAGES": tile.ring(nvfp4),
+        "SPLIT": tile.split,
+        "RESIDENT": tile.resident,
+        "NVFP4": int(nvfp4),
+        "GROUPED": int(grouped),
+    }
+    return here.with_suffix(".cu").read_text(), headers, defines
+
+
+@cache
+def function(tile: Tile, nvfp4: bool, grouped: bool, device: int) -> Function:
+    """The kernel for these choices, compiled or from the disk, loaded on `device`."""
+    text, headers, defines = source(tile, nvfp4, grouped)
+    code = cubin(text, headers, defines, native(device))
+    return Function(code, "fp4_gemm", device, tile.shared_bytes(nvfp4))
+
+
+def launch(x: Tensor, w: Fp4Weights, experts: Tensor | None, block: int, out: Tensor, tile: Tile) -> None:
+    """out (rows, n) = x (rows, k) @ w[expert] (n, k).T, with the arguments already checked.
+
+    `experts` int32 (rows / block), -1 to skip a block, or None: one expert for all rows.
+    """
+    rows, n = out.shape
+    nvfp4 = isinstance(w.format, Nvfp4)
+    tiles_m, tiles_n = -(-rows // tile.tokens), -(-n // (64 * tile.warpgroups))
+    problem = _Problem(
+        w.codes.data_ptr(),
+        w.scales.data_ptr(),
+        w.alpha.data_ptr(),
+        experts.data_ptr() if experts is not None else 0,
+        rows,
+        tiles_m,
+        tiles_n,
+        -(-n // 128),
+        x.shape[1] // 128,
+        max(block, 1),
+        tile.group,
+        16 if nvfp4 else 128,
+    )
+    maps = tensor_map(x, (tile.box, 64)), tensor_map(out, (tile.sent, 64))
+    clusters = tiles_m * tiles_n
+    if tile.split == 1:
+        clusters = min(clusters, multiprocessors(x.device.index) * tile.resident)
+    function(tile, nvfp4, experts is not None, x.device.index).launch(
+        clusters * tile.split, tile.threads, (*(int(m.getPtr()) for m in maps), ctypes.addressof(problem))
+    )

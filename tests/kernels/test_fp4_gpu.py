@@ -1,0 +1,124 @@
+"""FP4-weight products in every shape of tile, against float64 products of the decoded weights."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from broadbeam_kernels import fp4_persistent
+from broadbeam_kernels.cuda import fp4_gemm as cuda
+from broadbeam_kernels.cuda.fp4_gemm import Tile
+from broadbeam_kernels.formats import MXFP4, NVFP4, Mxfp4, Nvfp4
+from broadbeam_kernels.fp4_weights import Fp4Weights, decode_fp4_weights, prepare_fp4_weights
+from broadbeam_kernels.quantize import quantize
+from broadbeam_kernels.testing import gaussian, poison, relative_difference
+
+pytestmark = pytest.mark.gpu
+
+BF16 = torch.bfloat16
+BOUND = 4e-3  # bf16 output alone is 1.7e-3 away
+FORMATS = pytest.mark.parametrize("fmt", [NVFP4, MXFP4], ids=str)
+
+PLAIN = [
+    Tile(8, split=2),
+    Tile(16, split=2, resident=2),
+    Tile(16, split=7, resident=3),
+    Tile(64, split=4, warpgroups=4),
+    Tile(64, resident=2),
+    Tile(128, split=2),
+    Tile(128, split=3, halves=1),
+]
+GROUPED = [
+    Tile(16, resident=2),
+    Tile(32, resident=2, group=3),
+    Tile(64, warpgroups=4),
+    Tile(64, resident=2),
+    Tile(128, group=2),
+    Tile(256, halves=1, group=4),
+]
+
+
+@cache
+def weights(experts: int, n: int, k: int, fmt: Nvfp4 | Mxfp4) -> Fp4Weights:
+    return prepare_fp4_weights([quantize(gaussian(n, k), fmt) for _ in range(experts)])
+
+
+def exact(x: Tensor, w: Fp4Weights, expert: int) -> Tensor:
+    return x.double() @ decode_fp4_weights(w, expert).double().T
+
+
+def product(x: Tensor, w: Fp4Weights, tile: Tile) -> Tensor:
+    out = poison(torch.empty(x.shape[0], w.shape[1], dtype=BF16, device="cuda"))
+    cuda.launch(x, w, None, 0, out, tile)
+    return out
+
+
+@FORMATS
+@pytest.mark.parametrize("tile", PLAIN, ids=str)
+@pytest.mark.parametrize(("n", "k"), [(128, 128), (264, 1024), (2880, 2944)])
+def test_every_tile_multiplies_any_number_of_rows(fmt: Nvfp4 | Mxfp4, tile: Tile, n: int, k: int) -> None:
+    w = weights(1, n, k, fmt)
+    for rows in (1, 7, 16, 65, 300):
+        x = gaussian(rows, k)
+        assert relative_difference(product(x, w, tile), exact(x, w, 0)) < BOUND
+
+
+def test_rows_of_activations_may_stand_apart() -> None:
+    w, wide = weights(1, 264, 1024, NVFP4), gaussian(33, 2048)
+    x = wide[:, 512:1536]
+    assert relative_difference(product(x, w, Tile(16, split=2)), exact(x, w, 0)) < BOUND
+
+
+@pytest.mark.parametrize("tile", [tile for tile in PLAIN if tile.split > 1], ids=str)
+def test_a_split_product_gives_the_same_bits_every_time(tile: Tile) -> None:
+    x, w = gaussian(21, 2944), weights(1, 2880, 2944, NVFP4)
+    first = product(x, w, tile)
+    assert all(torch.equal(product(x, w, tile), first) for _ in range(20))
+
+
+def assert_blocks_match(got: Tensor, x: Tensor, w: Fp4Weights, index: Tensor, block: int) -> None:
+    for i, expert in enumerate(index.tolist()):
+        rows = slice(i * block, (i + 1) * block)
+        want = exact(x[rows], w, expert) if expert >= 0 else torch.zeros_like(got[rows])
+        assert relative_difference(got[rows], want) < BOUND
+
+
+@FORMATS
+@pytest.mark.parametrize("tile", GROUPED, ids=str)
+@pytest.mark.parametrize("blocks", [1, 11, 70])
+def test_every_tile_takes_each_block_to_its_expert(fmt: Nvfp4 | Mxfp4, tile: Tile, blocks: int) -> None:
+    w = weights(4, 2440, 640, fmt)
+    block = 2 * tile.tokens if blocks == 11 else tile.tokens
+    x = gaussian(blocks * block, 640)
+    index = torch.randint(-1, 4, (blocks,), dtype=torch.int32, device="cuda")
+    index[0] = 3
+    out = torch.zeros(blocks * block, 2440, dtype=BF16, device="cuda")
+    cuda.launch(x, w, index, block, out, tile)
+    assert_blocks_match(out, x, w, index, block)
+
+
+@FORMATS
+@pytest.mark.parametrize(("bm", "split", "resident"), [(16, 3, 2), (64, 2, 1), (128, 1, 1)])
+def test_the_gluon_kernel_multiplies_any_number_of_rows(
+    fmt: Nvfp4 | Mxfp4, bm: int, split: int, resident: int
+) -> None:
+    w = weights(1, 264, 1024, fmt)
+    for rows in (1, 17, 300):
+        x = gaussian(rows, 1024)
+        out = poison(torch.empty(rows, 264, dtype=BF16, device="cuda"))
+        tile = {"BM": bm, "STAGES": 4, "GROUP": 2, "SPLIT": split, "RESIDENT": resident}
+        fp4_persistent.launch(x, w, None, 0, out, tile)
+        assert relative_difference(out, exact(x, w, 0)) < BOUND
+
+
+@pytest.mark.parametrize("bm", [32, 128])
+def test_the_gluon_kernel_takes_each_block_to_its_expert(bm: int) -> None:
+    w, x = weights(4, 264, 1024, NVFP4), gaussian(9 * bm, 1024)
+    index = torch.randint(-1, 4, (9,), dtype=torch.int32, device="cuda")
+    out = torch.zeros(9 * bm, 264, dtype=BF16, device="cuda")
+    tile = {"BM": bm, "STAGES": 4, "GROUP": 2, "SPLIT": 1, "RESIDENT": 1}
+    fp4_persistent.launch(x, w, index, bm, out, tile)
+    assert_blocks_match(out, x, w, index, bm)
