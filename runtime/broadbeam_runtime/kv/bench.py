@@ -23,13 +23,14 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
 from broadbeam_crds.conventions import SUPERVISOR_PORT
 from broadbeam_crds.engine_config import Connector, EngineConfig, KVTransferConfig, ModelConfig
 from broadbeam_runtime.figures import Figure, report
 from broadbeam_runtime.kv import connectors
 from broadbeam_runtime.kv.connector import PoolLayout
+from broadbeam_runtime.kv.memory import host_memory
 from broadbeam_runtime.kv.nixl import environment
 
 ROUNDS = 15  # transfers and copies alternate; medians are taken
@@ -54,6 +55,11 @@ LOADS = (
 )
 
 
+def memory(load: Load) -> Tensor:
+    """(blocks, block_bytes), of the kind that the engine keeps its cache in."""
+    return host_memory(load.blocks * load.block_bytes).view(load.blocks, load.block_bytes)
+
+
 class _Rank:
     """A pool and its connector."""
 
@@ -65,7 +71,7 @@ class _Rank:
             model=ModelConfig("bench", "none"),
             kv_transfer=KVTransferConfig(connector),
         )
-        self.pool = torch.full((load.blocks, load.block_bytes), 1, dtype=torch.uint8)
+        self.pool = memory(load).fill_(1)
         made = connectors.create(config, host, PORT)
         assert made is not None
         self.connector = made
@@ -94,7 +100,7 @@ def _transfer(connector: Connector, load: Load) -> Figure:
     process.start()
     theirs.close()
     rank = _Rank(connector, load, DECODE_HOST)
-    source, target = torch.ones_like(rank.pool), torch.empty_like(rank.pool)
+    source, target = memory(load).fill_(1), memory(load)
     moves, copies = [], []
     for index in range(ROUNDS + 1):  # the first shakes hands
         moves.append(_pull(rank, pipe, f"{index}"))

@@ -19,7 +19,7 @@ import msgspec
 
 from broadbeam_runtime.kv.connector import PoolLayout
 from broadbeam_runtime.kv.leases import Ticket
-from broadbeam_runtime.kv.transport import MayRead, TransferError
+from broadbeam_runtime.kv.transport import MayRead, TransferError, Wake
 
 if TYPE_CHECKING:
     import torch
@@ -68,9 +68,9 @@ class NixlTransport:
     """`transport.Transport` by a NIXL agent with a fresh name, so that a restarted rank is a new peer."""
 
     name = "nixl"
-    notifies = True
+    notifies, wakes = True, False
 
-    def start(self, pool: torch.Tensor | None, layout: PoolLayout, may_read: MayRead) -> bytes:
+    def start(self, pool: torch.Tensor | None, layout: PoolLayout, may_read: MayRead, wake: Wake) -> bytes:
         assert pool is not None
         from nixl_cu13._api import nixl_agent, nixl_agent_config
 

@@ -76,7 +76,7 @@ class PullConnector:
         self._layout = layout
         self._blocks = len(pool) if pool is not None else 0
         self._listener = Listener(self._context, self._host, self._port)
-        self._reach = self._transport.start(pool, layout, self._may_read)
+        self._reach = self._transport.start(pool, layout, self._may_read, self._interrupt)
         self._readers = Readers(self._transport, layout, self._context, self._pulled, self._peer_timeout_s)
         self._thread = threading.Thread(target=self._run, name=f"kv-{self._transport.name}", daemon=True)
         self._thread.start()
@@ -123,12 +123,16 @@ class PullConnector:
 
     def stop(self) -> None:
         self._stopping = True
-        self._command(lambda: None)
+        self._interrupt()
         if self._thread is not None:
             self._thread.join(timeout=5.0)
 
     def _command(self, command: Callable[[], None]) -> None:
         self._commands.append(command)
+        self._interrupt()
+
+    def _interrupt(self) -> None:
+        """End the thread's wait."""
         try:
             os.write(self._wake_write, b"\0")
         except BlockingIOError:
@@ -161,7 +165,7 @@ class PullConnector:
         self._context.destroy(linger=0)
 
     def _wait(self) -> None:
-        if self._readers.reading:
+        if self._readers.reading and not self._transport.wakes:
             timeout_s = READING_POLL_S
         elif len(self._leases) and self._transport.notifies:
             timeout_s = SERVING_POLL_S if self._leases.being_read else HOLDING_POLL_S

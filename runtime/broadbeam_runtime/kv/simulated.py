@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from broadbeam_runtime.kv.connector import PoolLayout
 from broadbeam_runtime.kv.leases import Ticket
-from broadbeam_runtime.kv.transport import MayRead
+from broadbeam_runtime.kv.transport import MayRead, Wake
 
 if TYPE_CHECKING:
     import torch
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 class SimulatedTransport:
     """Reads end after bytes / `bytes_per_s`. It takes the name of the connector it stands for."""
 
-    notifies = False
+    notifies, wakes = False, False
 
     def __init__(self, name: str, bytes_per_s: float) -> None:
         self.name = name
         self._bytes_per_s = bytes_per_s
         self._block_bytes = 0
 
-    def start(self, pool: torch.Tensor | None, layout: PoolLayout, may_read: MayRead) -> bytes:
+    def start(self, pool: torch.Tensor | None, layout: PoolLayout, may_read: MayRead, wake: Wake) -> bytes:
         self._block_bytes = layout.block_bytes
         return b""
 

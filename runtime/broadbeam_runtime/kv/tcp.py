@@ -7,19 +7,22 @@ its pool; neither side copies in Python. Pools in device memory are staged throu
 from __future__ import annotations
 
 import contextlib
+import ipaddress
+import select
 import socket
 import struct
 import threading
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from broadbeam_runtime.kv.connector import PoolLayout
 from broadbeam_runtime.kv.leases import Ticket
-from broadbeam_runtime.kv.transport import MayRead, TransferError
+from broadbeam_runtime.kv.transport import MayRead, TransferError, Wake
 from broadbeam_runtime.settings import family
 
 if TYPE_CHECKING:
@@ -29,7 +32,8 @@ _LENGTH = struct.Struct("<I")
 _ACCEPTED, _REFUSED = b"\x01", b"\x00"
 CONNECT_TIMEOUT_S = 5.0
 BUFFER_BYTES = 4 * 2**20
-MAX_RUNS = 512  # buffers in one sendmsg call; Linux takes 1024
+WAKE_BYTES = 2**20
+MAX_RUNS = 512  # buffers in one call; Linux takes 1024
 MAX_REQUEST_BYTES = 16 * 2**20
 
 
@@ -59,13 +63,12 @@ class Pool:
     def receive(self, sock: socket.socket, block_ids: Sequence[int]) -> None:
         """Fill the blocks in order from `sock`; EOFError when it ends early."""
         if self._view is not None:
-            for run in self._slices(self._view, block_ids):
-                receive_into(sock, run)
+            receive_all(sock, self._slices(self._view, block_ids))
             return
         import torch
 
         host = torch.empty(len(block_ids), self._block_bytes, dtype=torch.uint8)
-        receive_into(sock, host.view(-1).numpy().data.cast("B"))
+        receive_all(sock, [host.view(-1).numpy().data.cast("B")])
         self._pool[list(block_ids)] = host.to(self._pool.device)
 
 
@@ -80,23 +83,42 @@ def joined(block_ids: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def receive_into(sock: socket.socket, view: memoryview) -> None:
-    while view:
-        count = sock.recv_into(view)
+def receive_all(sock: socket.socket, buffers: Sequence[memoryview]) -> None:
+    """Fill every buffer in order; EOFError when the stream ends early.
+
+    The kernel wakes the reader only once WAKE_BYTES wait, or all that is left: woken for each packet, it
+    takes nearly twice the CPU time per byte (loopback, 64 MiB). It has to wait in `poll`, as a `recv` that
+    has taken some bytes would still wait for as many as the mark says.
+    """
+    readable = select.poll()
+    readable.register(sock, select.POLLIN)
+    waiting, left, mark = deque(buffers), sum(map(len, buffers)), 1
+    while left:
+        if mark != (mark := min(WAKE_BYTES, left)):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, mark)
+        readable.poll()
+        count = sock.recvmsg_into(list(islice(waiting, MAX_RUNS)), 0, socket.MSG_DONTWAIT)[0]
         if not count:
             raise EOFError
-        view = view[count:]
+        left -= count
+        _drop(waiting, count)
+    if mark != 1:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
 
 
-def send_all(sock: socket.socket, buffers: list[memoryview]) -> None:
+def send_all(sock: socket.socket, buffers: Sequence[memoryview]) -> None:
     """Every buffer in order, in as few calls as the kernel takes."""
     waiting = deque(buffers)
     while waiting:
-        count = sock.sendmsg([waiting[index] for index in range(min(len(waiting), MAX_RUNS))])
-        while waiting and count >= len(waiting[0]):
-            count -= len(waiting.popleft())
-        if count:
-            waiting[0] = waiting[0][count:]
+        _drop(waiting, sock.sendmsg(list(islice(waiting, MAX_RUNS))))
+
+
+def _drop(waiting: deque[memoryview], count: int) -> None:
+    """Take off the first `count` bytes."""
+    while waiting and count >= len(waiting[0]):
+        count -= len(waiting.popleft())
+    if count:
+        waiting[0] = waiting[0][count:]
 
 
 @dataclass(eq=False, slots=True)
@@ -108,20 +130,19 @@ class Read:
     local: tuple[int, ...]
     done: bool = False
     error: str | None = None
-    over: threading.Event = field(default_factory=threading.Event)
 
 
 class Peer:
     """A connection to one prefill rank, and the thread that reads from it, one pull after the other."""
 
-    def __init__(self, host: str, port: int, pool: Pool) -> None:
+    def __init__(self, host: str, port: int, pool: Pool, wake: Wake) -> None:
         try:
             self._socket = socket.create_connection((host, port), CONNECT_TIMEOUT_S)
         except OSError as error:
             raise TransferError(f"no connection to {host}:{port}: {error}") from error
         self._socket.settimeout(None)
         _tune(self._socket)
-        self._pool = pool
+        self._pool, self._wake = pool, wake
         self._reads: deque[Read] = deque()
         self._waiting = threading.Semaphore(0)
         self._closed = False
@@ -144,7 +165,7 @@ class Peer:
                 self._closed = True
                 read.error = f"the connection broke: {error or 'the prefill rank closed it'}"
             read.done = True
-            read.over.set()
+            self._wake()
 
     def _read(self, read: Read) -> str | None:
         ask = msgspec.msgpack.encode(Ask(read.ticket, list(read.remote)))
@@ -171,15 +192,15 @@ class TcpTransport:
     """`transport.Transport` over sockets; listens on the rank's address at a port of the kernel's choice."""
 
     name = "tcp"
-    notifies = False
+    notifies, wakes = False, True
 
     def __init__(self, host: str) -> None:
         self._host = host
 
-    def start(self, pool: torch.Tensor | None, layout: PoolLayout, may_read: MayRead) -> bytes:
+    def start(self, pool: torch.Tensor | None, layout: PoolLayout, may_read: MayRead, wake: Wake) -> bytes:
         assert pool is not None
         self._pool = Pool(pool, layout.block_bytes)
-        self._may_read = may_read
+        self._may_read, self._wake = may_read, wake
         self._listener = socket.create_server((self._host, 0), family=family(self._host))
         threading.Thread(target=self._accept, name="kv-tcp-accept", daemon=True).start()
         return msgspec.msgpack.encode(self._listener.getsockname()[1])
@@ -198,12 +219,12 @@ class TcpTransport:
         header = bytearray(_LENGTH.size)
         with sock, contextlib.suppress(OSError, EOFError, msgspec.MsgspecError):
             while True:
-                receive_into(sock, memoryview(header))
+                receive_all(sock, [memoryview(header)])
                 (length,) = _LENGTH.unpack(header)
                 if length > MAX_REQUEST_BYTES:
                     return
                 body = bytearray(length)
-                receive_into(sock, memoryview(body))
+                receive_all(sock, [memoryview(body)])
                 ask = msgspec.msgpack.decode(body, type=Ask)
                 if self._may_read(ask.ticket, ask.block_ids):
                     send_all(sock, [memoryview(_ACCEPTED), *self._pool.runs(ask.block_ids)])
@@ -211,7 +232,7 @@ class TcpTransport:
                     sock.sendall(_REFUSED)
 
     def connect(self, reach: bytes, blocks: int, host: str) -> Peer:
-        return Peer(host, msgspec.msgpack.decode(reach, type=int), self._pool)
+        return Peer(host, msgspec.msgpack.decode(reach, type=int), self._pool, self._wake)
 
     def begin(
         self, peer: Peer, ticket: Ticket, remote: Sequence[int], local: Sequence[int]
@@ -248,3 +269,6 @@ def _tune(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
+    if ipaddress.ip_address(sock.getpeername()[0]).is_loopback:
+        with contextlib.suppress(OSError):  # BBR paces what has no network to share: half the rate
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")

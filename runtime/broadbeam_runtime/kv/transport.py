@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # Whether the ticket's reader may read these blocks now.
 MayRead = Callable[[Ticket, Sequence[int]], bool]
+Wake = Callable[[], None]
 
 
 class TransferError(Exception):
@@ -24,9 +25,11 @@ class Transport(Protocol):
 
     name: str
     notifies: bool  # whether a finished read tells the prefill rank by itself (see `finished`)
+    wakes: bool  # whether `wake` is called when a read has ended; otherwise only `poll` finds out
 
-    def start(self, pool: torch.Tensor | None, layout: PoolLayout, may_read: MayRead) -> bytes:
-        """Register the pool (None in the simulator alone); `reach`, which lets other ranks read it."""
+    def start(self, pool: torch.Tensor | None, layout: PoolLayout, may_read: MayRead, wake: Wake) -> bytes:
+        """Register the pool (None in the simulator alone); `reach`, which lets other ranks read it. Both
+        callbacks may be called from any thread."""
 
     def connect(self, reach: bytes, blocks: int, host: str) -> Any:
         """A handle of a peer with `blocks` blocks."""
