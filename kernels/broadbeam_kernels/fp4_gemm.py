@@ -9,22 +9,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import fp4_persistent
+from . import fp4_persistent, scaled_gemm
 from .contracts import check, check_shape, check_tensor
 from .formats import Fp8Block, Quantized
 from .fp4_weights import Fp4Weights
 from .fp8_block import dequantize_fp8_block
+from .packed_weights import PackedWeights
+from .paths import matrix_path
+from .portable_gemm import Grouping
 from .reference import gemm as oracle
 from .tuning import config
 
+Weights = Fp4Weights | PackedWeights
 
-def _launch(x: Tensor, w: Fp4Weights, experts: Tensor | None, block: int, out: Tensor) -> None:
+
+def _launch(x: Tensor, w: Weights, experts: Tensor | None, block: int, out: Tensor) -> None:
+    if isinstance(w, PackedWeights):
+        grouping: Grouping = "dense" if experts is None else "contiguous"
+        scaled_gemm.launch(x, w, out, grouping=grouping, groups=experts, block_rows=block)
+        return
+    check(
+        matrix_path(x.device) == "hopper", "w is laid out for a Hopper: prepare it on the GPU that reads it"
+    )
     operation = "fp4_gemm" if experts is None else "grouped_fp4_gemm"
     tile = config(operation, x.device, rows=x.shape[0], n=w.shape[1], k=w.shape[2], block=block)
     fp4_persistent.launch(x, w, experts, block, out, tile)
 
 
-def _activations(x: Tensor | Quantized, w: Fp4Weights) -> Tensor:
+def _activations(x: Tensor | Quantized, w: Weights) -> Tensor:
     if isinstance(x, Quantized):
         check(isinstance(x.format, Fp8Block), f"x is in {x.format}, expected bf16 or FP8 blocks")
         # One rounding to bf16 (2^-9) on values that carry e4m3's 2^-4.
@@ -36,7 +48,7 @@ def _activations(x: Tensor | Quantized, w: Fp4Weights) -> Tensor:
     return x
 
 
-def fp4_gemm(x: Tensor | Quantized, w: Fp4Weights) -> Tensor:
+def fp4_gemm(x: Tensor | Quantized, w: Weights) -> Tensor:
     """x (rows, k) bf16 or FP8 1x128 @ w (n, k).T, w prepared NVFP4 or MXFP4 of one expert -> (rows, n) bf16.
 
     Weights enter exactly; sums in float32. n a multiple of 8. Semantics: W4A16 as Marlin has it.
@@ -51,7 +63,7 @@ def fp4_gemm(x: Tensor | Quantized, w: Fp4Weights) -> Tensor:
     return out
 
 
-def grouped_fp4_gemm(x: Tensor | Quantized, w: Fp4Weights, experts: Tensor) -> Tensor:
+def grouped_fp4_gemm(x: Tensor | Quantized, w: Weights, experts: Tensor) -> Tensor:
     """Each block of rows of x (rows, k) times its expert's weights -> (rows, n) bf16.
 
     experts int32 (rows / block), -1 for a block to skip (its output is not written); blocks of 16, 32, 64,

@@ -22,6 +22,9 @@ from torch import Tensor
 
 from .contracts import check
 from .formats import Mxfp4, Nvfp4, Quantized, align
+from .packed_weights import PackedWeights, pack_weights
+from .paths import matrix_path
+from .reference import scaled_gemm as packed_oracle
 from .reference.quantize import unpack, unswizzle
 
 # The kernel multiplies 2^-126 times a code's value by 2^117 times its scale.
@@ -77,13 +80,15 @@ def _e5m3(scales: Tensor) -> Tensor:
     return torch.where(scales.float() > 0, bits, torch.zeros_like(bits)).to(torch.uint8)
 
 
-def prepare_fp4_weights(weights: list[Quantized]) -> Fp4Weights:
-    """One quantised (n, k) matrix per expert -> tiles for `fp4_gemm` and `grouped_fp4_gemm`.
+def prepare_fp4_weights(weights: list[Quantized]) -> Fp4Weights | PackedWeights:
+    """One quantised (n, k) matrix per expert -> what `fp4_gemm` and `grouped_fp4_gemm` read on their device.
 
-    All in one format and shape; k a multiple of 128. MXFP4 exponents above 2^10 do not fit the kernel's
-    arithmetic and are refused.
+    Tiles, or stacked as they are for a GPU that is not a Hopper. All in one format and shape; k a multiple of
+    128. MXFP4 exponents above 2^10 do not fit the arithmetic of the tiles' kernel and are refused.
     """
     check(len(weights) > 0, "no weights given")
+    if weights[0].values.is_cuda and matrix_path(weights[0].values.device) == "portable":
+        return pack_weights(weights)
     fmt, (n, k) = weights[0].format, weights[0].shape
     assert isinstance(fmt, Nvfp4 | Mxfp4)
     check(all(q.format == fmt and q.shape == (n, k) for q in weights), "weights differ in format or shape")
@@ -114,8 +119,11 @@ def prepare_fp4_weights(weights: list[Quantized]) -> Fp4Weights:
     )
 
 
-def decode_fp4_weights(w: Fp4Weights, expert: int) -> Tensor:
-    """float32 (n, k) of one expert, from the tiles: the inverse of `prepare_fp4_weights`, for the oracle."""
+def decode_fp4_weights(w: Fp4Weights | PackedWeights, expert: int) -> Tensor:
+    """float32 (n, k) of one expert: the inverse of `prepare_fp4_weights`, for the oracle."""
+    if isinstance(w, PackedWeights):
+        scale = 1.0 if w.global_scales is None else 1 / w.global_scales[expert].double()
+        return (packed_oracle.decode_weights(w, expert) * scale).float()
     _, n, k = w.shape
     padded = align(n, 128)
     halves = torch.stack((w.codes[expert] & 0xFFFF, (w.codes[expert] >> 16) & 0xFFFF), dim=-1)

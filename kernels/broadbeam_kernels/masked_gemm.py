@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import persistent_gemm, portable_gemm
+from . import persistent_gemm, portable_gemm, scaled_gemm
 from .contracts import HALF_TYPES, check, check_shape, check_tensor
-from .fp4_gemm import grouped_fp4_gemm
-from .fp4_weights import Fp4Weights
+from .fp4_gemm import Weights, grouped_fp4_gemm
+from .packed_weights import PackedWeights
 from .paths import matrix_path
 from .reference import masked_gemm as oracle
 from .tuning import config
@@ -95,7 +95,7 @@ def _block(slots: int, expected_rows: int | None) -> int:
     return next((block for block in fitting if block >= wanted), fitting[-1])
 
 
-def masked_fp4_gemm(x: Tensor, w: Fp4Weights, count: Tensor, expected_rows: int | None = None) -> Tensor:
+def masked_fp4_gemm(x: Tensor, w: Weights, count: Tensor, expected_rows: int | None = None) -> Tensor:
     """x (experts, slots, k) bf16, count[e] rows of it in use, times FP4 weights -> (experts, slots, n) bf16.
 
     x contiguous, slots a multiple of 16; count int32 (experts,). `expected_rows`: about how many an expert
@@ -105,8 +105,14 @@ def masked_fp4_gemm(x: Tensor, w: Fp4Weights, count: Tensor, expected_rows: int 
     check_tensor("x", x, 3, (torch.bfloat16,), like=w.codes)
     experts, slots, _ = x.shape
     check(x.is_contiguous(), "x must be contiguous")
+    check(x.shape[2] == w.shape[2], f"x has k={x.shape[2]}, the weights have k={w.shape[2]}")
     check(experts == w.shape[0], f"w holds {w.shape[0]} experts, x has {experts}")
     check_tensor("count", count, 1, (torch.int32,), like=x)
     check_shape("count", count, (experts,))
+    if x.is_cuda and isinstance(w, PackedWeights):
+        out = torch.empty((experts * slots, w.shape[1]), dtype=x.dtype, device=x.device)
+        if out.numel():
+            scaled_gemm.launch(x.flatten(0, 1), w, out, grouping="masked", groups=count, slots=slots)
+        return out.view(experts, slots, w.shape[1])
     table = used_blocks(count, slots, _block(slots, expected_rows))
     return grouped_fp4_gemm(x.flatten(0, 1), w, table).view(experts, slots, w.shape[1])

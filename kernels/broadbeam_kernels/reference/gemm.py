@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..fp4_weights import Fp4Weights, decode_fp4_weights
+from ..packed_weights import PackedWeights
 
 
 def decode_rows(a: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -60,7 +61,9 @@ def grouped_gemm(a: Tensor, b: Tensor, experts: Tensor, block: int, out: Tensor)
     return out
 
 
-def fp4_gemm(x: Tensor, w: Fp4Weights, experts: Tensor | None, block: int, out: Tensor) -> Tensor:
+def fp4_gemm(
+    x: Tensor, w: Fp4Weights | PackedWeights, experts: Tensor | None, block: int, out: Tensor
+) -> Tensor:
     """x times FP4 weights decoded from their tiles, plain (`experts` None) or grouped, written to `out`."""
     if experts is None:
         return out.copy_(x.float() @ decode_fp4_weights(w, 0).T)
