@@ -41,6 +41,17 @@ def test_helm_makes_an_operator_that_is_available(operator: Cluster) -> None:
     assert found["status"]["readyReplicas"] == 1
 
 
+def test_the_operator_can_be_scraped(operator: Cluster) -> None:
+    selector = "--selector=app.kubernetes.io/component=operator"
+    name = operator.kubectl("get", "pods", f"--namespace={SYSTEM}", selector, "--output=name").strip()
+
+    page = operator.http(f"/api/v1/namespaces/{SYSTEM}/pods/{name.removeprefix('pod/')}:8082/proxy/metrics")
+
+    assert page.status == 200
+    assert "broadbeam_operator_reconcile_duration_seconds_bucket" in page.body
+    assert 'broadbeam_operator_servingclusters{state="Available"}' in page.body
+
+
 def test_explain_reads_well(operator: Cluster) -> None:
     text = operator.kubectl("explain", "servingcluster.spec.pools.parallelism")
 

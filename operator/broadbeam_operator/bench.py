@@ -107,7 +107,8 @@ async def operator_process(kubeconfig: str) -> AsyncIterator[asyncio.subprocess.
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *("-m", "broadbeam_operator.main", "run", "--kubeconfig", kubeconfig),
-        *("--namespace", NAMESPACE, "--health-port", "0", "--log-level", "warning"),
+        *("--namespace", NAMESPACE, "--health-port", "0", "--metrics-port", "0"),
+        *("--log-level", "warning"),
     )
     try:
         yield process

@@ -6,18 +6,21 @@ import asyncio
 import logging
 import sys
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Annotated
 
 import aiohttp
 import kopf
 import typer
+from kubernetes.aio.client.configuration import Configuration
 
 from broadbeam_operator.cluster import SERVING_CLUSTER, Cluster, ClusterError
 from broadbeam_operator.handlers import register, settings
 from broadbeam_operator.images import Images
 from broadbeam_operator.kubernetes_cluster import connect, credentials
 from broadbeam_operator.kv_effect import HttpMeter, KVWatch
+from broadbeam_operator.metrics import Snapshot, served
 from broadbeam_operator.reconcile import Operator
 from broadbeam_operator.version import version
 from broadbeam_operator.workers import Pace, Workers
@@ -45,6 +48,7 @@ class Options:
     context: str | None = None
     images: Images = field(default_factory=Images)
     health_port: int = 8081  # 0: no health endpoint
+    metrics_port: int = 8082  # 0: no metrics
     log_level: str = "info"
     pace: Pace = field(default_factory=Pace)
 
@@ -87,6 +91,9 @@ def run(
     ] = None,
     context: Annotated[str | None, typer.Option(help="Context of the kubeconfig.")] = None,
     health_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of GET /healthz; 0: none.")] = 8081,
+    metrics_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of GET /metrics; 0: none.")
+    ] = 8082,
     runtime_image: Annotated[
         str, typer.Option(help="Image of engines broadbeam and sim, where the spec names none.")
     ] = DEFAULTS.runtime,
@@ -113,6 +120,7 @@ def run(
         context=context,
         images=Images(runtime=runtime_image, router=router_image, vllm=vllm_image),
         health_port=health_port,
+        metrics_port=metrics_port,
         log_level=log_level,
         pace=Pace(resync_s=resync),
     )
@@ -120,33 +128,39 @@ def run(
         asyncio.run(serve(options))
     except ClusterError as error:
         _fail(str(error))
+    except OSError as error:  # a port in use
+        _fail(error.strerror or str(error))
 
 
 async def serve(options: Options) -> None:
     """Until SIGTERM or SIGINT, which kopf catches."""
     configure_logging(options.log_level)
     found = await credentials(options.kubeconfig, options.context)
-    async with connect(found) as cluster, aiohttp.ClientSession() as scraping:
+    async with connect(found) as cluster, aiohttp.ClientSession() as scraping, AsyncExitStack() as stack:
         operator = Operator(cluster, KVWatch(HttpMeter(scraping)), options.images)
         workers = Workers(operator, options.pace)
-        registry = kopf.OperatorRegistry()
-        register(registry, workers, found)
+        stack.push_async_callback(workers.stop)
+        if options.metrics_port:
+            now = Snapshot(workers.states.values, lambda: workers.waiting, lambda: cluster.writes)
+            workers.metrics.registry.register(now)
+            await stack.enter_async_context(served(workers.metrics.registry, options.metrics_port))
         where = ", ".join(options.namespaces) or "all namespaces"
         log.info("broadbeam-operator %s looks after %s at %s", version(), where, found.host)
         await resource_served(cluster, next(iter(options.namespaces), None))
-        try:
-            await kopf.operator(
-                registry=registry,
-                settings=settings(),
-                namespaces=options.namespaces,
-                clusterwide=not options.namespaces,
-                standalone=True,
-                liveness_endpoint=(
-                    f"http://0.0.0.0:{options.health_port}/healthz" if options.health_port else None
-                ),
-            )
-        finally:
-            await workers.stop()
+        await watch(options, workers, found)
+
+
+async def watch(options: Options, workers: Workers, found: Configuration) -> None:
+    registry = kopf.OperatorRegistry()
+    register(registry, workers, found)
+    await kopf.operator(
+        registry=registry,
+        settings=settings(),
+        namespaces=options.namespaces,
+        clusterwide=not options.namespaces,
+        standalone=True,
+        liveness_endpoint=f"http://0.0.0.0:{options.health_port}/healthz" if options.health_port else None,
+    )
 
 
 async def resource_served(cluster: Cluster, namespace: str | None) -> None:

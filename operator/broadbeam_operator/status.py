@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Literal
 
 from broadbeam_crds.v1alpha1 import (
     Condition,
@@ -25,6 +26,8 @@ from broadbeam_operator.manifests import pool_revision
 from broadbeam_operator.manifests.objects import namespace_of
 from broadbeam_operator.observe import Observed
 from broadbeam_operator.plan import Plan
+
+State = Literal["Available", "Progressing", "Degraded", "Unavailable", "Refused"]  # what kubectl get shows
 
 MAX_MESSAGE = 1024
 SHOWN = 3  # problems in one message; the rest is a number
@@ -246,7 +249,7 @@ def _ratio(views: Sequence[PoolView]) -> str:
     return f"{sum(view.ready for view in views)}/{sum(view.pool.groups for view in views)}"
 
 
-def _state(found: dict[ConditionType, bool | None]) -> str:
+def _state(found: dict[ConditionType, bool | None]) -> State:
     if found["Degraded"]:
         return "Degraded"
     if found["Progressing"]:

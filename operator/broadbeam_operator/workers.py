@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from broadbeam_operator.cluster import ClusterError
+from broadbeam_operator.metrics import Metrics, Outcome
 from broadbeam_operator.reconcile import Operator, reconcile
 
 log = logging.getLogger(__name__)
@@ -29,9 +31,15 @@ class Pace:
 class Workers:
     operator: Operator
     pace: Pace = field(default_factory=Pace)
-    passes: int = 0
+    metrics: Metrics = field(default_factory=Metrics)
+    states: dict[Key, str] = field(default_factory=dict)  # of each cluster at its last pass
     _tasks: dict[Key, asyncio.Task[None]] = field(default_factory=dict)
     _wakes: dict[Key, asyncio.Event] = field(default_factory=dict)
+
+    @property
+    def waiting(self) -> int:
+        """Clusters that were woken and have not had their pass."""
+        return sum(wake.is_set() for wake in self._wakes.values())
 
     def wake(self, namespace: str, name: str) -> None:
         """Something about this cluster has changed; it may also have begun or ended."""
@@ -69,9 +77,14 @@ class Workers:
         with suppress(TimeoutError):
             await asyncio.wait_for(wake.wait(), self.pace.resync_s)
 
-    async def _pass(self, key: Key) -> str:
+    async def _pass(self, key: Key) -> Outcome:
+        begun = time.perf_counter()
+        outcome = await self._outcome(key)
+        self.metrics.passed(outcome, time.perf_counter() - begun)
+        return outcome
+
+    async def _outcome(self, key: Key) -> Outcome:
         """This is the outermost loop of the process: one cluster's fault must not stop the others."""
-        self.passes += 1
         try:
             done = await reconcile(self.operator, *key)
         except ClusterError as error:
@@ -81,7 +94,9 @@ class Workers:
             log.exception("%s/%s: a fault in the operator; trying again later", *key)
             return "failed"
         if done is None:
+            self.states.pop(key, None)
             return "gone"
+        self.states[key] = done.status["summary"]["state"]
         if done.error is not None:
             log.warning("%s/%s: %s", *key, done.error)
             return "failed"

@@ -103,6 +103,35 @@ def test_a_value_becomes_an_argument_of_the_operator(
     assert argument not in container(render())["args"]
 
 
+def test_metrics_are_on_a_port_of_the_pod(render: Render) -> None:
+    ports = {port["name"]: port["containerPort"] for port in container(render())["ports"]}
+
+    assert ports == {"health": 8081, "metrics": 8082}
+    assert "--metrics-port=8082" in container(render())["args"]
+
+
+def test_metrics_can_be_turned_off(render: Render) -> None:
+    found = container(render({"operator": {"metrics": {"port": 0}}}))
+
+    assert "--metrics-port=0" in found["args"]
+    assert [port["name"] for port in found["ports"]] == ["health"]
+
+
+def test_a_service_monitor_finds_the_operators_port_by_its_service(render: Render) -> None:
+    monitor = {"enabled": True, "interval": "10s", "labels": {"release": "prometheus"}}
+
+    objects = render({"monitoring": {"serviceMonitor": monitor}})
+
+    made, service = one(objects, "ServiceMonitor"), one(objects, "Service")
+    (endpoint,), (port,) = made["spec"]["endpoints"], service["spec"]["ports"]
+    assert endpoint == {"port": port["name"], "interval": "10s"}
+    assert made["metadata"]["labels"]["release"] == "prometheus"
+    assert made["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    labels = one(objects, "Deployment")["spec"]["template"]["metadata"]["labels"]
+    assert service["spec"]["selector"].items() <= labels.items()
+    assert port["targetPort"] in {each["name"] for each in container(objects)["ports"]}
+
+
 @pytest.mark.parametrize(
     ("image", "rendered"),
     [
@@ -180,6 +209,12 @@ def test_rights_can_be_left_to_somebody_else(render: Render) -> None:
         pytest.param({"operator": {"logLevel": "loud"}}, "logLevel", id="an unknown log level"),
         pytest.param({"watchNamespaces": ["A_b"]}, "watchNamespaces", id="no name of a namespace"),
         pytest.param({"operator": {"image": {"digest": "sha1:0"}}}, "digest", id="no digest"),
+        pytest.param({"operator": {"metrics": {"port": 8081}}}, "port", id="the port of the probes"),
+        pytest.param(
+            {"operator": {"metrics": {"port": 0}}, "monitoring": {"serviceMonitor": {"enabled": True}}},
+            "port",
+            id="a monitor of no port",
+        ),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(
