@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import codes
-from .contracts import HALF_TYPES, check, check_shape, check_tensor
+from .contracts import HALF_TYPES, check, check_shape, check_tensor, launches
 from .formats import Fp8Block, Quantized, empty_fp8_scales
 from .reference import norm as oracle
 from .tuning import config
@@ -54,14 +54,9 @@ def _kernel(
     weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
     y = x * tl.math.rsqrt(mean + epsilon) * weight
     if QUANTIZE:
-        scale = codes.fp8_scale(tl.max(tl.abs(y), axis=1), POW2)
-        y = codes.e4m3(codes.divide(y, scale[:, None], tl.div_rn(1.0, scale)[:, None]))
-        at = scales_ptr + row * scale_row + group * scale_group
+        scale, y = codes.fp8_blocks(y, POW2)
         inside = group * 128 < columns
-        if BYTE:
-            tl.store(at, (scale.to(tl.int32, bitcast=True) >> 23).to(tl.uint8), mask=inside)
-        else:
-            tl.store(at, scale, mask=inside)
+        codes.store_fp8_scale(scales_ptr + row * scale_row + group * scale_group, scale, inside, BYTE)
     tl.store(out_ptr + row * columns + column, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -88,7 +83,7 @@ def add_rms_norm(
         check_tensor("residual", residual, 2, (x.dtype,), like=x)
         check_shape("residual", residual, (rows, columns))
         check(residual.stride(1) == 1, "residual is updated in place: its last dimension must be dense")
-    if not x.is_cuda:
+    if not launches(x):
         return oracle.add_rms_norm(x, residual, weight, epsilon, fmt)
     x = x if x.stride(1) == 1 else x.contiguous()
     dtype = x.dtype if fmt is None else torch.float8_e4m3fn

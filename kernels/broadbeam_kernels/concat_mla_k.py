@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contracts import FP8_TYPES, HALF_TYPES, check, check_shape, check_tensor
+from .contracts import FP8_TYPES, HALF_TYPES, check, check_shape, check_tensor, launches
 from .reference import layout as oracle
 from .tuning import config
 
@@ -70,7 +70,7 @@ def concat_mla_k(k_nope: Tensor, k_rope: Tensor, out: Tensor | None = None) -> T
         out = torch.empty((tokens, heads, nope + rope), dtype=k_nope.dtype, device=k_nope.device)
     check_tensor("out", out, 3, (k_nope.dtype,), like=k_nope)
     check_shape("out", out, (tokens, heads, nope + rope))
-    if not out.is_cuda:
+    if not launches(out):
         return oracle.concat_mla_k(k_nope, k_rope, out)
     for name, x in (("k_nope", k_nope), ("k_rope", k_rope), ("out", out)):
         check(

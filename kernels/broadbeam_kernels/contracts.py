@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import triton
 from torch import Tensor
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
@@ -36,3 +37,8 @@ def paired(x: Tensor) -> Tensor:
         x.stride(-1) == 1 and x.data_ptr() % 4 == 0 and all(stride % 2 == 0 for stride in x.stride()[:-1])
     )
     return x if addressable else x.clone(memory_format=torch.contiguous_format)
+
+
+def launches(x: Tensor) -> bool:
+    """Whether an operation on `x` launches its kernel: on a GPU, and anywhere under Triton's interpreter."""
+    return x.is_cuda or bool(triton.knobs.runtime.interpret)

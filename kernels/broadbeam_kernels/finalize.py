@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contracts import HALF_TYPES, check, check_shape, check_tensor
+from .contracts import HALF_TYPES, check, check_shape, check_tensor, launches
 from .reference import layout as oracle
 from .tuning import config
 
@@ -52,7 +52,7 @@ def finalize(y: Tensor, rows: Tensor, weights: Tensor, columns: int | None = Non
     check_shape("weights", weights, tuple(rows.shape))
     columns = y.shape[1] if columns is None else columns
     check(0 <= columns <= y.shape[1], f"columns={columns} is not within y's {y.shape[1]}")
-    if not y.is_cuda:
+    if not launches(y):
         return oracle.finalize(y, rows, weights, columns)
     tokens, topk = rows.shape
     out = torch.empty((tokens, columns), dtype=y.dtype, device=y.device)

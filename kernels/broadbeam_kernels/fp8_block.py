@@ -14,18 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from . import codes
-from .contracts import HALF_TYPES, check, check_tensor
+from .contracts import HALF_TYPES, check, check_tensor, launches
 from .formats import FP8_BLOCK128, Fp8Block, Quantized, empty_fp8_scales
 from .reference import quantize as oracle
 from .tuning import config
-
-
-@triton.jit
-def _store_scale(pointer, scale, mask, BYTE: tl.constexpr):
-    if BYTE:
-        tl.store(pointer, (scale.to(tl.int32, bitcast=True) >> 23).to(tl.uint8), mask=mask)
-    else:
-        tl.store(pointer, scale, mask=mask)
 
 
 @triton.jit
@@ -33,29 +25,33 @@ def _quantize_rows_kernel(
     x_ptr,
     codes_ptr,
     scales_ptr,
-    columns,
-    groups,
+    columns,  # of x; beyond them, up to `padded`, the row is zero
+    padded,
     total,
     x_row,
     scale_row,
     scale_group,
     POW2: tl.constexpr,
     BYTE: tl.constexpr,
-    WHOLE: tl.constexpr,  # columns is a multiple of 128
+    READ_WHOLE: tl.constexpr,  # columns fill every group
+    WRITE_WHOLE: tl.constexpr,  # padded columns do
+    GROUPS_ROW: tl.constexpr,
     GROUPS: tl.constexpr,
+    READ: tl.constexpr = "",
 ):
     index = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     inside = index < total
-    row32 = index // groups
-    group = index - row32 * groups
+    row32 = index // GROUPS_ROW
+    group = index - row32 * GROUPS_ROW
     row = row32.to(tl.int64)
     column = (group * 128)[:, None] + tl.arange(0, 128)[None, :]
-    mask = inside[:, None] if WHOLE else inside[:, None] & (column < columns)
-    x = tl.load(x_ptr + (row * x_row)[:, None] + column, mask=mask, other=0.0).to(tl.float32)
-    scale = codes.fp8_scale(tl.max(tl.abs(x), axis=1), POW2)
-    code = codes.e4m3(codes.divide(x, scale[:, None], tl.div_rn(1.0, scale)[:, None]))
-    tl.store(codes_ptr + (row * columns)[:, None] + column, code, mask=mask)
-    _store_scale(scales_ptr + row * scale_row + group * scale_group, scale, inside, BYTE)
+    read = inside[:, None] if READ_WHOLE else inside[:, None] & (column < columns)
+    write = inside[:, None] if WRITE_WHOLE else inside[:, None] & (column < padded)
+    x = tl.load(x_ptr + (row * x_row)[:, None] + column, mask=read, other=0.0, eviction_policy=READ)
+    x = x.to(tl.float32)
+    scale, code = codes.fp8_blocks(x, POW2)
+    tl.store(codes_ptr + (row * padded)[:, None] + column, code, mask=write)
+    codes.store_fp8_scale(scales_ptr + row * scale_row + group * scale_group, scale, inside, BYTE)
 
 
 @triton.jit
@@ -69,6 +65,7 @@ def _quantize_tiles_kernel(
     groups,
     POW2: tl.constexpr,
     BYTE: tl.constexpr,
+    READ: tl.constexpr = "",
 ):
     tile_row = tl.program_id(0) // groups
     tile_column = tl.program_id(0) % groups
@@ -76,11 +73,11 @@ def _quantize_tiles_kernel(
     column = tile_column * 128 + tl.arange(0, 128)
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     at = row.to(tl.int64)[:, None] * x_row + column[None, :]
-    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + at, mask=mask, other=0.0, eviction_policy=READ).to(tl.float32)
     scale = codes.fp8_scale(tl.max(tl.max(tl.abs(x), axis=1), axis=0), POW2)
-    code = codes.e4m3(codes.divide(x, scale, tl.div_rn(1.0, scale)))
+    code = codes.e4m3(codes.divide(x, scale, codes.reciprocal(scale)))
     tl.store(codes_ptr + row.to(tl.int64)[:, None] * columns + column[None, :], code, mask=mask)
-    _store_scale(scales_ptr + tl.program_id(0), scale, True, BYTE)
+    codes.store_fp8_scale(scales_ptr + tl.program_id(0), scale, True, BYTE)
 
 
 @triton.jit
@@ -116,6 +113,57 @@ def _dequantize_kernel(
     tl.store(out_ptr + at, (code * scale[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
+def quantize_rows(x: Tensor, columns: int, fmt: Fp8Block) -> Quantized:
+    """x (rows, n) bf16 or fp16, followed by zero columns up to `columns`, with 1x128 scales; one launch."""
+    x = x if x.stride(1) == 1 or x.numel() == 0 else x.contiguous()
+    rows, n = x.shape
+    values = torch.empty((rows, columns), dtype=torch.float8_e4m3fn, device=x.device)
+    scales = empty_fp8_scales(fmt, rows, columns, x.device)
+    groups = triton.cdiv(columns, 128)
+    tuned = config("fp8_quantize_rows", x.device)
+    if values.numel():
+        _quantize_rows_kernel[(triton.cdiv(rows * groups, tuned["GROUPS"]),)](
+            x,
+            values,
+            scales,
+            n,
+            columns,
+            rows * groups,
+            x.stride(0),
+            scales.stride(0),
+            scales.stride(1),
+            POW2=fmt.scale != "float32",
+            BYTE=fmt.scale == "ue8m0",
+            READ_WHOLE=n == columns and columns % 128 == 0,
+            WRITE_WHOLE=columns % 128 == 0,
+            GROUPS_ROW=groups,
+            **tuned,
+        )
+    return Quantized(values, scales, fmt, (rows, columns))
+
+
+def _quantize_tiles(x: Tensor, fmt: Fp8Block) -> Quantized:
+    x = x if x.stride(1) == 1 or x.numel() == 0 else x.contiguous()
+    rows, columns = x.shape
+    values = torch.empty((rows, columns), dtype=torch.float8_e4m3fn, device=x.device)
+    scales = empty_fp8_scales(fmt, rows, columns, x.device)
+    groups = triton.cdiv(columns, 128)
+    if values.numel():
+        _quantize_tiles_kernel[(triton.cdiv(rows, 128) * groups,)](
+            x,
+            values,
+            scales,
+            rows,
+            columns,
+            x.stride(0),
+            groups,
+            POW2=fmt.scale != "float32",
+            BYTE=fmt.scale == "ue8m0",
+            **config("fp8_quantize_tiles", x.device),
+        )
+    return Quantized(values, scales, fmt, (rows, columns))
+
+
 def quantize_fp8_block(x: Tensor, fmt: Fp8Block = FP8_BLOCK128) -> Quantized:
     """(rows, columns) bf16 or fp16 -> e4m3 with block scales; a last partial block is quantised by itself.
 
@@ -123,47 +171,16 @@ def quantize_fp8_block(x: Tensor, fmt: Fp8Block = FP8_BLOCK128) -> Quantized:
     code = e4m3(x / scale). Sources: vLLM `fp8_utils.py` (1/448 as a factor), DeepGEMM `utils/math.py` (pow2).
     """
     check_tensor("x", x, 2, HALF_TYPES)
-    if not x.is_cuda:
+    if not launches(x):
         return oracle.quantize_fp8_block(x, fmt)
-    x = x if x.stride(1) == 1 or x.numel() == 0 else x.contiguous()
-    rows, columns = x.shape
-    values = torch.empty((rows, columns), dtype=torch.float8_e4m3fn, device=x.device)
-    scales = empty_fp8_scales(fmt, rows, columns, x.device)
-    groups = triton.cdiv(columns, 128)
-    pow2, byte = fmt.scale != "float32", fmt.scale == "ue8m0"
-    if x.numel() == 0:
-        return Quantized(values, scales, fmt, (rows, columns))
-    if fmt.rows == 128:
-        tuned = config("fp8_quantize_tiles", x.device)
-        grid = (triton.cdiv(rows, 128) * groups,)
-        _quantize_tiles_kernel[grid](
-            x, values, scales, rows, columns, x.stride(0), groups, POW2=pow2, BYTE=byte, **tuned
-        )
-        return Quantized(values, scales, fmt, (rows, columns))
-    tuned = config("fp8_quantize_rows", x.device)
-    _quantize_rows_kernel[(triton.cdiv(rows * groups, tuned["GROUPS"]),)](
-        x,
-        values,
-        scales,
-        columns,
-        groups,
-        rows * groups,
-        x.stride(0),
-        scales.stride(0),
-        scales.stride(1),
-        POW2=pow2,
-        BYTE=byte,
-        WHOLE=columns % 128 == 0,
-        **tuned,
-    )
-    return Quantized(values, scales, fmt, (rows, columns))
+    return _quantize_tiles(x, fmt) if fmt.rows == 128 else quantize_rows(x, x.shape[1], fmt)
 
 
 def dequantize_fp8_block(q: Quantized, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """e4m3 with block scales -> (rows, columns) bf16 or fp16: x = code * scale."""
     assert isinstance(q.format, Fp8Block)
     check(dtype in HALF_TYPES, f"dtype is {dtype}, expected one of {', '.join(map(str, HALF_TYPES))}")
-    if not q.values.is_cuda:
+    if not launches(q.values):
         return oracle.dequantize_fp8_block(q, dtype)
     rows, columns = q.shape
     out = torch.empty((rows, columns), dtype=dtype, device=q.values.device)

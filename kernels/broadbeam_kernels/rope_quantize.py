@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import codes
-from .contracts import HALF_TYPES, check, check_shape, check_tensor, paired
+from .contracts import HALF_TYPES, check, check_shape, check_tensor, launches, paired
 from .reference import rope as oracle
 from .tuning import config
 
@@ -55,9 +55,9 @@ def _store_rotated(out_ptr, at, a, b, factor, mask, HALF: tl.constexpr, INTERLEA
     first = _cast(a, factor, out_ptr.dtype.element_ty)
     second = _cast(b, factor, out_ptr.dtype.element_ty)
     if INTERLEAVED:
-        both = tl.join(first, second)  # (rows, HALF, 2)
-        where = at[:, None, None] + pair[None, :, None] * 2 + tl.arange(0, 2)[None, None, :]
-        tl.store(out_ptr + where, both, mask=mask[:, :, None])
+        # Two dimensions, not three: stores are as wide as the last one.
+        both = tl.interleave(first, second)  # (rows, 2 * HALF)
+        tl.store(out_ptr + at[:, None] + tl.arange(0, 2 * HALF)[None, :], both, mask=mask)
     else:
         tl.store(out_ptr + at[:, None] + pair[None, :], first, mask=mask)
         tl.store(out_ptr + at[:, None] + HALF + pair[None, :], second, mask=mask)
@@ -233,7 +233,7 @@ def rope_quantize(
         check_tensor("k_rope_out", k_rope_out, 2, HALF_TYPES, like=q_nope)
         check_shape("k_rope_out", k_rope_out, (tokens, rope))
         check(k_rope_out.is_contiguous(), "k_rope_out must be contiguous")
-    if not q_nope.is_cuda:
+    if not launches(q_nope):
         return oracle.rope_quantize(q_nope, q_rope, k_rope, rotary, kv, out, q_multiplier, k_rope_out)
     if tokens and heads:
         _launch(q_nope, q_rope, k_rope, rotary, kv, out, q_multiplier, k_rope_out)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import codes
-from .contracts import HALF_TYPES, check, check_shape, check_tensor
+from .contracts import HALF_TYPES, check, check_shape, check_tensor, launches
 from .formats import FP8_BLOCK128, Fp8Block, Quantized, empty_fp8_scales
 from .reference import silu_mul_quant as oracle
 from .tuning import config
@@ -40,6 +40,7 @@ def _kernel(
     BYTE: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
+    READ: tl.constexpr = "",
 ):
     # Some rows by some groups: few programs find nothing to do, and an expert with one row still spreads.
     first = tl.program_id(0) * ROWS
@@ -56,17 +57,13 @@ def _kernel(
     mask = inside[:, None]
     column = (group * 128)[:, None] + tl.arange(0, 128)[None, :]
     source = y_ptr + expert * y_expert + (row.to(tl.int64) * y_row)[:, None] + column
-    gate = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(source + hidden, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(source, mask=mask, other=0.0, eviction_policy=READ).to(tl.float32)
+    up = tl.load(source + hidden, mask=mask, other=0.0, eviction_policy=READ).to(tl.float32)
     value = gate / (1.0 + tl.exp(-gate)) * up
-    scale = codes.fp8_scale(tl.max(tl.abs(value), axis=1), POW2)
-    code = codes.e4m3(codes.divide(value, scale[:, None], tl.div_rn(1.0, scale)[:, None]))
+    scale, code = codes.fp8_blocks(value, POW2)
     tl.store(codes_ptr + ((expert * slots + row) * hidden)[:, None] + column, code, mask=mask)
     at = scales_ptr + expert * scale_expert + row.to(tl.int64) * scale_row + group * scale_group
-    if BYTE:
-        tl.store(at, (scale.to(tl.int32, bitcast=True) >> 23).to(tl.uint8), mask=inside)
-    else:
-        tl.store(at, scale, mask=inside)
+    codes.store_fp8_scale(at, scale, inside, BYTE)
 
 
 def _launch(y: Tensor, count: Tensor | None, values: Tensor, scales: Tensor, fmt: Fp8Block) -> None:
@@ -108,7 +105,7 @@ def silu_mul_quant(y: Tensor, fmt: Fp8Block = FP8_BLOCK128) -> Quantized:
     """
     y = _check(y, 2, fmt)
     rows, hidden = y.shape[0], y.shape[1] // 2
-    if not y.is_cuda:
+    if not launches(y):
         return oracle.silu_mul_quant(y, fmt)
     values = torch.empty((rows, hidden), dtype=torch.float8_e4m3fn, device=y.device)
     scales = empty_fp8_scales(fmt, rows, hidden, y.device)
@@ -133,7 +130,7 @@ def silu_mul_quant_masked(y: Tensor, count: Tensor, fmt: Fp8Block = FP8_BLOCK128
     values = torch.empty((experts, slots, hidden), dtype=torch.float8_e4m3fn, device=y.device)
     dtype = torch.uint8 if fmt.scale == "ue8m0" else torch.float32
     scales = torch.empty((experts, hidden // 128, slots), dtype=dtype, device=y.device).transpose(1, 2)
-    if not y.is_cuda:
+    if not launches(y):
         return oracle.silu_mul_quant_masked(y, count, values, scales, fmt)
     if y.numel():
         _launch(y, count, values, scales, fmt)

@@ -53,5 +53,7 @@ def _choose(operation: str, device: str, facts: tuple[tuple[str, int], ...]) -> 
 
 def config(operation: str, device: torch.device, **facts: int) -> Launch:
     """Launch parameters (block sizes, num_warps, num_stages) of `operation` on `device` for `facts`."""
+    if device.type != "cuda":  # Triton's interpreter
+        return _choose(operation, "default", tuple(sorted(facts.items())))
     index = device.index if device.index is not None else torch.cuda.current_device()
     return _choose(operation, device_name(index), tuple(sorted(facts.items())))
