@@ -124,6 +124,23 @@ def test_zeros_extremes_and_ties_match_the_oracle(fmt: Format) -> None:
         assert_same(quantize_nvfp4(x, fmt, one), oracle.quantize_nvfp4(x, fmt, one))
 
 
+@pytest.mark.parametrize("fmt", [NVFP4, NVFP4_SWIZZLED], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("g", [1e-3, 1.0, 37.7, 2e5], ids=lambda g: f"g {g:g}")
+def test_a_given_global_scale_is_taken_as_it_is(fmt: Nvfp4, dtype: torch.dtype, g: float) -> None:
+    x, scale = gaussian(131, 1040, dtype=dtype), torch.tensor([g], device="cuda")
+    assert_same(quantize_nvfp4(x, fmt, scale), oracle.quantize_nvfp4(x, fmt, scale))
+
+
+@pytest.mark.parametrize("fmt", [NVFP4, NVFP4_SWIZZLED], ids=str)
+def test_a_computed_global_scale_is_returned(fmt: Nvfp4) -> None:
+    x = gaussian(4099, 1536)
+    got, expected = quantize_nvfp4(x, fmt), oracle.quantize_nvfp4(x, fmt)
+    assert got.global_scale is not None
+    assert expected.global_scale is not None
+    assert same_bits(got.global_scale, expected.global_scale)
+
+
 @pytest.mark.parametrize("shape", [(1, 2), (3, 7), (257, 7168)], ids=str)
 def test_amax_matches(shape: tuple[int, int]) -> None:
     x = gaussian(*shape)
@@ -133,7 +150,8 @@ def test_amax_matches(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("fmt", [FP8_BLOCK128, FP8_BLOCK128_COLUMN, MXFP4], ids=str)
 @pytest.mark.parametrize(
-    ("rows", "n", "columns"), [(0, 2880, 3072), (1, 2, 128), (77, 2880, 3072), (130, 256, 256)]
+    ("rows", "n", "columns"),
+    [(0, 2880, 3072), (1, 2, 128), (77, 2880, 3072), (130, 256, 256), (67, 250, 384), (3, 96, 1024)],
 )
 def test_padding_and_quantising_at_once_equals_doing_one_after_the_other(
     fmt: Fp8Block | Mxfp4, rows: int, n: int, columns: int

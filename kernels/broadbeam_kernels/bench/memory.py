@@ -67,8 +67,9 @@ def quantizers() -> Iterator[Case]:
         yield Case("quantize", f"{name} {shape}", partial(quantize_nvfp4, x, nv, g), moved, peers=eager)
         yield Case("dequantize", f"{name} {shape}", partial(dequantize, coded), moved)
     # A computed global scale needs the tensor's maximum first: one more reading of it.
-    moved = 2 * nbytes(x) + quantize(x, NVFP4).nbytes
-    yield Case("quantize", f"nvfp4 linear, computed global {shape}", partial(quantize, x, NVFP4), moved)
+    for name, nv in (("nvfp4 linear", NVFP4), ("nvfp4 swizzled", NVFP4_SWIZZLED)):
+        moved = 2 * nbytes(x) + quantize(x, nv).nbytes
+        yield Case("quantize", f"{name}, computed global {shape}", partial(quantize, x, nv), moved)
     for name, fmt in FORMATS.items():
         packed = quantize(x, fmt)
         moved = nbytes(x) + packed.nbytes
