@@ -53,29 +53,30 @@ def _locate(
 ):
     """A tile's number -> (first row, tile column, expert, cursor, begin); expert -1 means: nothing to do.
 
-    Masked tiles are found by walking the experts' counts: `cursor` is the expert whose first tile row is
-    number `begin`. Tile numbers only grow, so each program walks the counts once.
+    Rows of tiles are taken GROUP at a time, down before across, so that what neighbours read stays in cache.
+    Masked tiles are found by walking the experts' counts: `cursor` is the expert whose first tile is number
+    `begin`. Tile numbers only grow, so each program walks the counts once.
     """
+    expert = 0
+    base = 0
     if MASKED:
-        m = tile // tiles_n
-        rows = (gl.load(group_ptr + gl.minimum(cursor, experts - 1)) + BM - 1) // BM
-        while (cursor < experts) & (m >= begin + rows):
-            begin += rows
+        tiles_m = (gl.load(group_ptr + gl.minimum(cursor, experts - 1)) + BM - 1) // BM
+        while (cursor < experts) & (tile >= begin + tiles_m * tiles_n):
+            begin += tiles_m * tiles_n
             cursor += 1
-            rows = (gl.load(group_ptr + gl.minimum(cursor, experts - 1)) + BM - 1) // BM
+            tiles_m = (gl.load(group_ptr + gl.minimum(cursor, experts - 1)) + BM - 1) // BM
         expert = gl.where(cursor < experts, cursor, -1)
-        return expert * slots + (m - begin) * BM, tile % tiles_n, expert, cursor, begin
-    else:
-        per_group = GROUP * tiles_n
-        group = tile // per_group
-        first = group * GROUP
-        size = gl.minimum(tiles_m - first, GROUP)
-        within = tile - group * per_group
-        m = first + within % size
-        expert = 0
-        if CONTIGUOUS:
-            expert = gl.load(group_ptr + (m * BM) // BLOCK_ROWS)
-        return m * BM, within // size, expert, cursor, begin
+        tile -= begin
+        base = expert * slots
+    per_group = GROUP * tiles_n
+    group = tile // per_group
+    first = group * GROUP
+    size = gl.maximum(gl.minimum(tiles_m - first, GROUP), 1)  # past the last expert there are none
+    within = tile - group * per_group
+    row = (first + within % size) * BM
+    if CONTIGUOUS:
+        expert = gl.load(group_ptr + row // BLOCK_ROWS)
+    return base + row, within // size, expert, cursor, begin
 
 
 @gluon.jit
