@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 
 import msgspec
 
@@ -36,6 +37,14 @@ PLAIN = b"text/plain"
 CLIENT_GONE = 499  # nginx's status for it; only metrics and logs ever see it
 
 
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What goes to an engine; `fields_of` raises InvalidRequest for a body that may not."""
+
+    name: str  # in metrics
+    fields_of: Callable[[bytes], Fields]
+
+
 class Gateway:
     """Serves the public port; `MetricsPage` serves the other one."""
 
@@ -59,21 +68,21 @@ class Gateway:
             b"/health": self.health,
             b"/readyz": self.ready,
         }
-        self._inference: dict[bytes, tuple[str, Callable[[bytes], Fields]]] = {
-            b"/v1/chat/completions": ("chat", chat_fields),
-            b"/v1/completions": ("completions", completion_fields),
+        self._routes = {
+            b"/v1/chat/completions": Route("chat", chat_fields),
+            b"/v1/completions": Route("completions", completion_fields),
         }
 
     def handle(self, client: ClientConnection, request: Request) -> Call | None:
         started_s = time.perf_counter()
-        inference = self._inference.get(request.head.path)
+        route = self._routes.get(request.head.path)
         try:
-            if inference is not None:
-                return self._admit(client, request, started_s, *inference)
+            if route is not None:
+                return self._admit(client, request, route, started_s)
             self._page(client, request)
         except RequestError as error:
-            route = "other" if inference is None else inference[0]
-            self.metrics.answered(route, SHAPES[type(error)].status, time.perf_counter() - started_s)
+            name = "other" if route is None else route.name
+            self.metrics.answered(name, SHAPES[type(error)].status, time.perf_counter() - started_s)
             client.respond_error(error, echoed_id(request.head))
         return None
 
@@ -112,14 +121,7 @@ class Gateway:
 
     # -- inference ------------------------------------------------------------------------------------
 
-    def _admit(
-        self,
-        client: ClientConnection,
-        request: Request,
-        started_s: float,
-        route: str,
-        parse: Callable[[bytes], Fields],
-    ) -> Call:
+    def _admit(self, client: ClientConnection, request: Request, route: Route, started_s: float) -> Call:
         head = request.head
         if head.method != b"POST":
             raise MethodNotAllowed(f"{head.path.decode()} takes POST, not {head.method.decode()}")
@@ -131,7 +133,7 @@ class Gateway:
             limit = self._max_in_flight
             raise TooManyRequests(f"{limit} requests are in flight, which is this gateway's limit")
         line = id_line(head)
-        fields = parse(request.body)
+        fields = route.fields_of(request.body)
         if fields.model not in self._models:
             raise ModelNotFound(f"The model `{fields.model[:256]}` does not exist.", "model")
         if not self.fleet.decode:
@@ -139,7 +141,7 @@ class Gateway:
         self.in_flight += 1
         return Call(
             client=client,
-            route=route,
+            route=route.name,
             path=head.path,
             body=legs.stripped(request.body) if fields.steers else request.body,
             id_line=line,

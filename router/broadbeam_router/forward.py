@@ -11,7 +11,6 @@ nothing of the answer:
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 
@@ -38,11 +37,11 @@ class Blocks(msgspec.Struct, eq=False):
 
     params: bytes
     family: str
-    uses: int = 0
+    uses: int = 0  # by decode endpoints that failed
 
-    def used_up(self) -> bool:
-        """Count a failed use; whether the blocks must be taken as gone."""
-        self.uses += 1
+    @property
+    def gone(self) -> bool:
+        """Whether they must be taken as gone."""
         return self.uses >= MAX_PARAMS_USES
 
 
@@ -59,6 +58,11 @@ class Attempts(msgspec.Struct, eq=False):
     def begin(self, member: Member) -> None:
         self.left -= 1
         self.tried.append(member)
+
+    def take_back(self) -> None:
+        """The last one begun does not count."""
+        self.left += 1
+        self.tried.pop()
 
     def forgive(self) -> bool:
         """Excused engines are alive, and may use fresh blocks or none. False if there are none of them."""
@@ -87,7 +91,7 @@ class Forwarder:
         blocks: Blocks | None = None
         attempts = Attempts(1 + self._retries)
         while attempts.left > 0:
-            if call.wants_prefill and blocks is None:
+            if call.wants_prefill and (blocks is None or blocks.gone):
                 result = await self._prefill(call)
                 if isinstance(result, Answer):
                     self._respond(call, result)
@@ -101,8 +105,6 @@ class Forwarder:
                     blocks = None
             elif await self._decode(call, member, blocks, attempts):
                 return
-            elif blocks is not None and blocks.used_up():
-                blocks = None
         self._give_up(call, attempts)
 
     # -- the prefill leg ------------------------------------------------------------------------------
@@ -132,20 +134,23 @@ class Forwarder:
     async def _prefill_on(self, call: Call, member: Member, body: bytes, attempts: Attempts) -> Answer | None:
         """The leg on one endpoint; None if another should be tried."""
         attempts.begin(member)
+        connection: UpstreamConnection | None = None
         member.in_flight += 1
         member.prefill_in_flight += 1
         try:
-            connection = await self._send(call, member, body, self._timeouts.prefill_s)
+            connection = member.pool.take() or await member.pool.connect(self._timeouts.connect_s)
+            head = _head(call, member, body)
+            await connection.send(head, body, self._timeouts.prefill_s, self._timeouts.idle_s)
+            answer = connection.answer
         except UpstreamFailed as error:
             self._failed(call, member, "prefill", error, attempts)
             return None
         finally:
             member.in_flight -= 1
             member.prefill_in_flight -= 1
-        answer = connection.answer
-        stands = answer.status < 400 or self._stands(call, member, "prefill", answer, attempts)
-        connection.release()
-        if not stands:
+            if connection is not None:
+                connection.release()
+        if answer.status >= 400 and not self._stands(call, member, "prefill", answer, attempts):
             if answer.status >= 500:
                 self._fleet.answered_5xx(member)
             return None
@@ -160,24 +165,31 @@ class Forwarder:
         attempts.begin(member)
         call.decode_name = member.name
         body = call.body if blocks is None else legs.decode_body(call.body, blocks.params)
+        connection: UpstreamConnection | None = None
         member.in_flight += 1
         try:
-            connection = await self._send(call, member, body, self._timeouts.first_byte_s)
+            connection = member.pool.take() or await member.pool.connect(self._timeouts.connect_s)
+            head = _head(call, member, body)
+            await connection.send(head, body, self._timeouts.first_byte_s, self._timeouts.idle_s)
             answer = connection.answer
             if answer.streaming:
                 return await self._stream(call, member, connection, attempts)
         except UpstreamFailed as error:
             self._failed(call, member, "decode", error, attempts)
+            if blocks is not None and not error.stale:
+                blocks.uses += 1
             return False
         finally:
             member.in_flight -= 1
-        connection.release()
+            if connection is not None:  # cut if it is not done: the client left, and the engine may stop
+                connection.release()
         status = answer.status
         if status >= 400 and not self._stands(call, member, "decode", answer, attempts):
-            if blocks is not None:
-                attempts.excused.append(member)
             if status >= 500 and (blocks is None or not blocks.uses):  # a second taker may find them gone
                 self._fleet.answered_5xx(member)
+            if blocks is not None:
+                attempts.excused.append(member)
+                blocks.uses += 1
             return False
         self._fleet.succeeded(member)
         self._metrics.legs["decode", "ok" if status < 400 else "refused"] += 1
@@ -202,8 +214,6 @@ class Forwarder:
             self._failed(call, member, "decode", error, attempts)
             self._metrics.broken_streams += 1
             raise StreamBroken(f"the stream of engine {member.name} ended early ({error})") from error
-        finally:
-            connection.release()
         self._fleet.succeeded(member)
         self._metrics.legs["decode", "ok"] += 1
         relay.finish()
@@ -211,27 +221,13 @@ class Forwarder:
 
     # -- both -----------------------------------------------------------------------------------------
 
-    async def _send(self, call: Call, member: Member, body: bytes, first_byte_s: float) -> UpstreamConnection:
-        """The connection whose answer is whole, or begun if it is a stream."""
-        head = HEAD % (call.path, member.host_header, len(body), call.id_line, call.trace_lines)
-        pool, timeouts = member.pool, self._timeouts
-        connection = pool.take() or await pool.connect(timeouts.connect_s)
-        while True:
-            try:
-                await connection.send(head, body, first_byte_s, timeouts.idle_s)
-                return connection
-            except UpstreamFailed as error:
-                connection.release()
-                if not error.stale:
-                    raise
-            except asyncio.CancelledError:  # the client left: cutting the connection frees the engine
-                connection.release()
-                raise
-            connection = await pool.connect(timeouts.connect_s)
-
     def _failed(
         self, call: Call, member: Member, leg: Leg, error: UpstreamFailed, attempts: Attempts
     ) -> None:
+        if error.stale:
+            member.pool.cut_idle()  # as old as the one that was found closed
+            attempts.take_back()
+            return
         attempts.error, attempts.answer = error, None
         self._fleet.failed(member, error.kind)
         self._metrics.legs[leg, "failed"] += 1
@@ -275,6 +271,10 @@ class Forwarder:
         if call.decode_name is not None:
             lines += b"x-broadbeam-decode: %b\r\n" % call.decode_name.encode()
         return lines
+
+
+def _head(call: Call, member: Member, body: bytes) -> bytes:
+    return HEAD % (call.path, member.host_header, len(body), call.id_line, call.trace_lines)
 
 
 def _params(answer: Answer, member: Member) -> bytes | None:

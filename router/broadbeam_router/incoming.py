@@ -63,6 +63,9 @@ class RequestReader:
             data = self._take_body(data)
         elif known is not None and not self._fed and data.startswith(known.before):
             length, rest = known.split(data)
+            if 0 < length == len(rest) <= self._max_body:
+                self._on_request(Request(known.head, rest))
+                return
             if 0 < length <= self._max_body:
                 self._missing = length
                 data = self._take_body(rest)

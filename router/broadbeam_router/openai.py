@@ -88,7 +88,7 @@ _where = re.compile(r"^(?P<what>.*?) - at `\$\.(?P<field>\w+)(?P<rest>.*)`$")
 def chat_fields(body: bytes) -> ChatFields:
     """The fields of a chat request; InvalidRequest names the field, its value and what is allowed."""
     try:
-        str(body, "utf-8")  # fields that nobody reads here are not decoded, so this is the only check
+        _check_utf8(body)
         return _chat.decode(body)
     except (ValueError, RecursionError) as error:
         raise _explained(body, error) from error
@@ -97,7 +97,7 @@ def chat_fields(body: bytes) -> ChatFields:
 def completion_fields(body: bytes) -> CompletionFields:
     """The fields of a completions request; InvalidRequest as in `chat_fields`."""
     try:
-        str(body, "utf-8")
+        _check_utf8(body)
         fields = _completion.decode(body)
     except (ValueError, RecursionError) as error:
         raise _explained(body, error) from error
@@ -108,6 +108,12 @@ def completion_fields(body: bytes) -> CompletionFields:
             f"prompt must be a string, or a non-empty array of strings or of token ids, got {shown}", "prompt"
         )
     return fields
+
+
+def _check_utf8(body: bytes) -> None:
+    """Raises UnicodeDecodeError; fields that nobody reads here are not decoded, so this is the only check."""
+    if not body.isascii():
+        str(body, "utf-8")
 
 
 def top_level(body: bytes) -> dict[str, Raw]:

@@ -278,8 +278,11 @@ class Pool:
             self._idle.remove(connection)
 
     def close(self) -> None:
-        """Cut what is idle; connections in use end with their exchange."""
+        """Keep no connection any more; those in use end with their exchange."""
         self._closed = True
+        self.cut_idle()
+
+    def cut_idle(self) -> None:
         for connection in self._idle:
             assert connection.transport is not None
             connection.transport.close()
