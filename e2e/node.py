@@ -1,6 +1,6 @@
 """A Kubernetes node without containers: registers itself and runs the pods bound to it as local processes.
 
-    python e2e/node.py --kubeconfig FILE --folder DIR [--gpus 8]
+    python e2e/node.py --kubeconfig FILE --folder DIR --cache DIR [--gpus 8]
 
 The processes are run by the same pod runner that `broadbeam up` uses. Over that, this node gives each pod a
 mount namespace in which its service account lies where client libraries look for it, and the names that
@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from api import Api, ApiError, Object, connect
-from broadbeam_crds.conventions import ENV_HOSTS_FILE
+from broadbeam_crds.conventions import ENV_CACHE, ENV_HOSTS_FILE
 from broadbeam_operator.local.container import Backoff
 from broadbeam_operator.local.environment import Sources
 from broadbeam_operator.local.pods import Node, PodProcess, PodRunner, open_runner
@@ -201,7 +201,7 @@ def in_mount_namespace(pod: Object) -> Object:
     return {**pod, "spec": spec}
 
 
-def machine(api: Api, folder: Path) -> Node:
+def machine(api: Api, folder: Path, cache: Path) -> Node:
     async def look_up(plural: str, namespace: str, name: str) -> Object | None:
         try:
             return await api.call("GET", f"/api/v1/namespaces/{namespace}/{plural}/{name}")
@@ -227,6 +227,7 @@ def machine(api: Api, folder: Path) -> Node:
         imposed={
             ENV_FOLDER: str(folder),
             ENV_HOSTS_FILE: str(folder / "hosts"),
+            ENV_CACHE: str(cache),
             "KUBERNETES_SERVICE_HOST": API_SERVER_ADDRESS,
             "KUBERNETES_SERVICE_PORT": "443",
         },
@@ -234,7 +235,7 @@ def machine(api: Api, folder: Path) -> Node:
     )
 
 
-async def run(kubeconfig: Path, folder: Path, gpus: int) -> None:
+async def run(kubeconfig: Path, folder: Path, cache: Path, gpus: int) -> None:
     """Be a node until SIGTERM; every process is gone afterwards."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -245,7 +246,7 @@ async def run(kubeconfig: Path, folder: Path, gpus: int) -> None:
     (folder / "hosts.pod").write_text(
         f"127.0.0.1 localhost\n{API_SERVER_ADDRESS} kubernetes.default.svc kubernetes.default kubernetes\n"
     )
-    async with connect(kubeconfig) as api, open_runner(machine(api, folder)) as runner:
+    async with connect(kubeconfig) as api, open_runner(machine(api, folder, cache)) as runner:
         kubelet = Kubelet(api, runner, folder, kubeconfig.with_name("server.crt"))
         await register(api, gpus)
         duties = [
@@ -269,9 +270,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--kubeconfig", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True, help="for pods' files and logs")
+    parser.add_argument("--cache", type=Path, required=True, help="models, the same for all pods")
     parser.add_argument("--gpus", type=int, default=0, help="nvidia.com/gpu to offer")
     arguments = parser.parse_args()
-    asyncio.run(run(arguments.kubeconfig, arguments.folder, arguments.gpus))
+    asyncio.run(run(arguments.kubeconfig, arguments.folder, arguments.cache, arguments.gpus))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from broadbeam_crds.conventions import GATEWAY_METRICS_PORT
-from cluster import Cluster, Serving, eventually, text_of
+from cluster import Cluster, Object, Serving, eventually, text_of
 from manifests import namespace, simulated
 
 NAMESPACE = "e2e-serving"
@@ -101,6 +101,35 @@ def test_a_changed_field_replaces_the_groups_of_its_pool(sim: Serving) -> None:
     revisions = {pool["name"]: pool["revision"] for pool in status["pools"]}
     assert {revision for _, revision in after["decode"]} == {revisions["decode"]}
     assert sim.ask("Still there?").status == 200
+
+
+def test_a_change_takes_no_more_groups_than_the_rollout_allows(sim: Serving) -> None:
+    sim.patch(
+        {"op": "add", "path": "/spec/rollout", "value": {"maxUnavailable": 2}},
+        {"op": "replace", "path": "/spec/pools/0/groups", "value": 3},
+    )
+    sim.wait_available()
+    before, fewest = identity(sim, "prefill"), 3
+
+    sim.patch({"op": "add", "path": "/spec/pools/0/scheduling/maxSequences", "value": 9})
+
+    def rolled() -> bool:
+        nonlocal fewest
+        fewest = min(fewest, sum(map(is_ready, sim.pods(pool="prefill"))))
+        return len(identity(sim, "prefill") - before) == 3
+
+    eventually(rolled, 60, "all groups are new")
+    sim.wait_available()
+    assert fewest == 1
+
+    sim.patch({"op": "replace", "path": "/spec/pools/0/groups", "value": 1})
+    sim.wait_available()
+
+
+def is_ready(pod: Object) -> bool:
+    conditions = pod.get("status", {}).get("conditions") or ()
+    ready = any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
+    return ready and "deletionTimestamp" not in pod["metadata"]
 
 
 def identity(sim: Serving, pool: str) -> set[tuple[str, str]]:
