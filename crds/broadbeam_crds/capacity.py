@@ -7,7 +7,7 @@ parts); routed experts are shared out over all ranks of a group.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from broadbeam_crds.model_shapes import Parameters, kv_width, parameters, shape_of
 from broadbeam_crds.v1alpha1 import Architecture, Engine, Pool, ServingCluster, Simulation, WeightOffload
@@ -25,25 +25,33 @@ CACHE_BYTES: Final[dict[str, int]] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 _OF_DTYPE = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 GIB: Final = 2**30
-# GiB that the driver reports, rounded down. Longer names first: GB200 holds "B200".
-_ACCELERATORS: Final[tuple[tuple[str, int], ...]] = (
-    ("GB300", 277),
-    ("GB200", 185),
-    ("GH200", 95),
-    ("B300", 268),
-    ("B200", 179),
-    ("H200", 140),
-    ("H100", 79),
-    ("H800", 79),
-    ("H20", 95),
-    ("A100-SXM4-40GB", 39),
-    ("A100-PCIE-40GB", 39),
-    ("A100", 79),
-    ("L40S", 44),
-    ("MI355X", 287),
-    ("MI350X", 287),
-    ("MI325X", 255),
-    ("MI300X", 191),
+
+
+class _Accelerator(NamedTuple):
+    product: str  # part of the node label's value
+    gib: int  # that the driver reports, rounded down
+    per_node: int | None  # in a usual server; None where servers differ
+
+
+# Longer names first: GB200 holds "B200".
+_ACCELERATORS: Final = (
+    _Accelerator("GB300", 277, 4),
+    _Accelerator("GB200", 185, 4),
+    _Accelerator("GH200", 95, None),
+    _Accelerator("B300", 268, 8),
+    _Accelerator("B200", 179, 8),
+    _Accelerator("H200", 140, 8),
+    _Accelerator("H100", 79, 8),
+    _Accelerator("H800", 79, 8),
+    _Accelerator("H20", 95, 8),
+    _Accelerator("A100-SXM4-40GB", 39, 8),
+    _Accelerator("A100-PCIE-40GB", 39, None),
+    _Accelerator("A100", 79, 8),
+    _Accelerator("L40S", 44, None),
+    _Accelerator("MI355X", 287, 8),
+    _Accelerator("MI350X", 287, 8),
+    _Accelerator("MI325X", 255, 8),
+    _Accelerator("MI300X", 191, 8),
 )
 
 
@@ -54,7 +62,7 @@ class Capacity:
     pool: str
     role: str
     groups: int
-    nodes: int  # of one group
+    pods: int  # of one group
     ranks: int  # devices of one group
     expert_parallel: int
     experts: int  # routed experts of one layer, without copies; 0 for a dense model
@@ -74,8 +82,8 @@ class Capacity:
         return self.groups * self.ranks
 
     @property
-    def total_nodes(self) -> int:
-        return self.groups * self.nodes
+    def total_pods(self) -> int:
+        return self.groups * self.pods
 
     @property
     def kv_tokens(self) -> int | None:
@@ -119,7 +127,7 @@ def capacity(pool: Pool, engine: Engine, shape: Architecture | None) -> Capacity
         pool=pool.name,
         role=pool.role,
         groups=pool.groups,
-        nodes=pool.parallelism.nodes,
+        pods=pool.parallelism.nodes,
         ranks=pool.ranks,
         expert_parallel=pool.expert_parallel,
         experts=experts,
@@ -221,5 +229,16 @@ def device_bytes(pool: Pool) -> int | None:
     if pool.accelerator.resource == "cpu":
         memory = pool.resources.memory if pool.resources else None
         return memory.bytes // pool.accelerator.per_node if memory else None
+    found = _accelerator(pool)
+    return found.gib * GIB if found else None
+
+
+def devices_per_node(pool: Pool) -> int | None:
+    """Of the usual server with such an accelerator; None where it is not known."""
+    found = _accelerator(pool)
+    return found.per_node if found else None
+
+
+def _accelerator(pool: Pool) -> _Accelerator | None:
     product = (pool.accelerator.product or "").upper()
-    return next((gib * GIB for name, gib in _ACCELERATORS if name in product), None)
+    return next((each for each in _ACCELERATORS if each.product in product), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from broadbeam_crds.capacity import Capacity, capacities
+from broadbeam_crds.capacity import Capacity, capacities, devices_per_node
 from broadbeam_crds.model_shapes import parameters, shape_of
 from broadbeam_crds.rules.fitting import gib
 from broadbeam_crds.v1alpha1 import Pool, ServingCluster
@@ -61,12 +61,11 @@ def _model(cluster: ServingCluster) -> Iterator[tuple[str, str]]:
 
 
 def _pool(cluster: ServingCluster, pool: Pool, sizes: Capacity) -> Iterator[tuple[str, str]]:
-    device, nodes = _device(pool), pool.parallelism.nodes
     yield "role", pool.role
     yield (
         "groups",
-        f"{pool.groups} x {nodes} {_plural(nodes, 'node')} x {pool.accelerator.per_node} {device} = "
-        f"{sizes.total_ranks} {device} on {sizes.total_nodes} {_plural(sizes.total_nodes, 'node')}",
+        f"{pool.groups} x {_counted(sizes.pods, 'pod')} x {_devices(pool, pool.accelerator.per_node)} = "
+        f"{_devices(pool, sizes.total_ranks)} in {_counted(sizes.total_pods, 'pod')}",
     )
     shape = pool.parallelism
     yield "EP degree", f"data {shape.data} x tensor {shape.tensor} = {sizes.expert_parallel} in each group"
@@ -86,7 +85,8 @@ def _experts(sizes: Capacity) -> str:
 
 def _memory(cluster: ServingCluster, sizes: Capacity) -> Iterator[tuple[str, str]]:
     if sizes.weight_bytes is not None and sizes.replicated_bytes is not None:
-        yield "weights a rank", _weights(sizes)
+        simulated = ", were they not simulated" if cluster.spec.engine.name == "sim" else ""
+        yield "weights a rank", f"{_weights(sizes)}{simulated}"
     if sizes.kv_bytes is not None:
         origin = "as given" if sizes.kv_given else "what the weights leave"
         yield "KV cache a rank", f"{gib(sizes.kv_bytes)} ({origin}){_tokens(cluster, sizes)}"
@@ -112,7 +112,7 @@ def _tokens(cluster: ServingCluster, sizes: Capacity) -> str:
     if sizes.kv_tokens is None or not sizes.kv_bytes_per_token:
         return ""
     length = cluster.spec.model.max_model_len
-    sequences = f", {sizes.kv_tokens // length:,} sequences of {length:,}" if length else ""
+    sequences = f", {_counted(sizes.kv_tokens // length, 'sequence')} of {length:,}" if length else ""
     return f" / {sizes.kv_bytes_per_token:,} bytes a token = {sizes.kv_tokens:,} tokens{sequences}"
 
 
@@ -126,12 +126,23 @@ def _gateway(cluster: ServingCluster) -> Iterator[tuple[str, str]]:
 
 
 def _total(cluster: ServingCluster) -> Iterator[tuple[str, str]]:
-    sizes = capacities(cluster)
-    kinds = sorted({_device(pool) for pool in cluster.spec.pools})
-    for kind in kinds:
-        chosen = [each for pool, each in zip(cluster.spec.pools, sizes, strict=True) if _device(pool) == kind]
-        nodes = sum(each.total_nodes for each in chosen)
-        yield kind, f"{sum(each.total_ranks for each in chosen)} on {nodes} {_plural(nodes, 'node')}"
+    """By kind of device. A pod takes `perNode` devices of a node, so several may share one."""
+    found = list(zip(cluster.spec.pools, capacities(cluster), strict=True))
+    for kind in sorted({_device(pool) for pool, _ in found}):
+        chosen = [(pool, sizes) for pool, sizes in found if _device(pool) == kind]
+        devices = sum(sizes.total_ranks for _, sizes in chosen)
+        pods = sum(sizes.total_pods for _, sizes in chosen)
+        yield kind, f"{devices} in {_counted(pods, 'pod')}{_nodes(chosen)}"
+
+
+def _nodes(chosen: Sequence[tuple[Pool, Capacity]]) -> str:
+    """How few could do, where it is known how many devices one has."""
+    each = devices_per_node(chosen[0][0])
+    if each is None:
+        return ""
+    alone = sum(sizes.total_pods for pool, sizes in chosen if 2 * pool.accelerator.per_node > each)
+    devices = sum(sizes.total_ranks for _, sizes in chosen)
+    return f", on at least {_counted(max(alone, -(-devices // each)), 'node')} of {each}"
 
 
 def _device(pool: Pool) -> str:
@@ -140,8 +151,12 @@ def _device(pool: Pool) -> str:
     return pool.accelerator.product or ("CPU ranks" if resource == "cpu" else resource)
 
 
-def _plural(count: int, word: str) -> str:
-    return word if count == 1 else f"{word}s"
+def _devices(pool: Pool, count: int) -> str:
+    return _counted(count, "CPU rank") if pool.accelerator.resource == "cpu" else f"{count} {_device(pool)}"
+
+
+def _counted(count: int, word: str) -> str:
+    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
 
 
 def _count(number: int) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from broadbeam_crds.capacity import GIB, Capacity, capacities, device_bytes
+from broadbeam_crds.capacity import GIB, Capacity, capacities, device_bytes, devices_per_node
 from broadbeam_crds.model_shapes import SHAPES, kv_width, parameters, shape_of
 from broadbeam_crds.testing import pool, serving_cluster
 from broadbeam_crds.v1alpha1 import Model, load_manifest
@@ -90,7 +90,7 @@ def test_experts_and_their_copies_are_shared_out() -> None:
     prefill, decode = (capacity("deepseek-r1-h200.yaml", name) for name in ("prefill", "decode"))
 
     assert (prefill.ranks, prefill.expert_parallel, prefill.experts_per_rank) == (16, 16, (256 + 32) // 16)
-    assert (decode.ranks, decode.nodes, decode.experts_per_rank) == (32, 4, (256 + 32) // 32)
+    assert (decode.ranks, decode.pods, decode.experts_per_rank) == (32, 4, (256 + 32) // 32)
 
 
 def test_weights_of_deepseek_r1_in_fp8() -> None:
@@ -168,6 +168,21 @@ def test_the_memory_of_a_product_is_known(product: str | None, gib: int | None) 
     assert device_bytes(pool(accelerator=device)) == (gib * GIB if gib else None)
 
 
+@pytest.mark.parametrize(
+    ("product", "devices"),
+    [
+        pytest.param("NVIDIA-GB200", 4, id="a tray of a rack"),
+        pytest.param("NVIDIA-H200", 8, id="a server"),
+        pytest.param("NVIDIA-L40S", None, id="servers differ"),
+        pytest.param(None, None, id="not given"),
+    ],
+)
+def test_the_devices_of_a_usual_server_are_known(product: str | None, devices: int | None) -> None:
+    device = {"perNode": 1} | ({"product": product} if product else {})
+
+    assert devices_per_node(pool(accelerator=device)) == devices
+
+
 def test_ranks_on_cpus_share_the_memory_of_their_pod() -> None:
     shared = pool(data=4, resources={"memory": "8Gi"})
 
@@ -179,7 +194,7 @@ def test_an_unknown_model_is_counted_but_not_weighed() -> None:
         serving_cluster(pools=[pool(data=4, nodes=2, groups=3)], model={"name": "x", "source": "hf://a/x"})
     )
 
-    assert (found.total_ranks, found.total_nodes, found.expert_parallel) == (12, 6, 4)
+    assert (found.total_ranks, found.total_pods, found.expert_parallel) == (12, 6, 4)
     assert (found.weight_bytes, found.kv_tokens, found.fits, found.needed_bytes) == (None, None, None, None)
 
 

@@ -62,7 +62,7 @@ def test_the_namespace_of_the_manifest_wins_over_the_option(tmp_path):
 def test_explain_shows_the_arithmetic():
     result = run("explain", str(next(path for path in EXAMPLES if path.stem == "deepseek-r1-h200")))
     assert "data 32 x tensor 1 = 32 in each group" in result.stdout
-    assert "48 on 6 nodes" in result.stdout
+    assert "48 in 6 pods, on at least 6 nodes of 8" in result.stdout
 
 
 def test_explain_of_a_refused_cluster_names_the_field_and_exits_with_1(refused):
