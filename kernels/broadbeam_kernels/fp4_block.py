@@ -19,7 +19,7 @@ from triton.language.extra.cuda import gdc_wait
 from . import codes
 from .contracts import HALF_TYPES, check, paired
 from .formats import Mxfp4, Nvfp4, Quantized, swizzled_size
-from .tuning import config
+from .tuning import config, launches_overlap
 
 
 @triton.jit
@@ -83,9 +83,8 @@ def _quantize_kernel(
     PADDED: tl.constexpr,
     BLOCKS_ROW: tl.constexpr,
     MAXIMA: tl.constexpr,  # 0, or a power of two >= maxima: g comes from the tensor's maxima
+    OVERLAP: tl.constexpr,  # this launch may have started before the maxima are there
     BLOCKS: tl.constexpr,
-    PDL: tl.constexpr = False,
-    READ: tl.constexpr = "",
 ):
     program = tl.program_id(0)
     if MAXIMA:  # backwards, because the caches hold what the maxima read last
@@ -104,11 +103,12 @@ def _quantize_kernel(
         word_in_row = block[:, None] * WORDS + word
         at = row.to(tl.int64)[:, None] * row_words + word_in_row
         mask = inside[:, None] & (word_in_row < words) if PADDED else inside[:, None]
-    pairs = tl.load(x_ptr + at, mask=mask, other=0, eviction_policy=READ)
+    # What is read leaves the caches to what is written, which the next launch wants: 1 to 7 % on an H100.
+    pairs = tl.load(x_ptr + at, mask=mask, other=0, eviction_policy="evict_first")
     amax = codes.pair_amax(pairs, 1, BF16)
     if NVFP4:
         if MAXIMA:
-            if PDL:
+            if OVERLAP:
                 gdc_wait()
             g = _global_scale(maxima_ptr, maxima, MAXIMA)
             if tl.program_id(0) == 0:
@@ -181,7 +181,8 @@ def quantize_blocks(
     total = scales.numel()
     if maxima is not None:
         global_scale = torch.empty(1, dtype=torch.float32, device=x.device)
-    facts = {"swizzled": swizzled, "maxima": maxima is not None}
+    overlap = maxima is not None and launches_overlap(x.device)
+    facts = {"swizzled": swizzled, "maxima": maxima is not None, "padded": n != columns}
     tuned = config("nvfp4_quantize" if nvfp4 else "mxfp4_quantize", x.device, **facts)
     if total:
         _quantize_kernel[(triton.cdiv(total, tuned["BLOCKS"]),)](
@@ -202,6 +203,8 @@ def quantize_blocks(
             PADDED=n != columns,
             BLOCKS_ROW=blocks,
             MAXIMA=0 if maxima is None else triton.next_power_of_2(maxima.numel()),
+            OVERLAP=overlap,
+            **({"launch_pdl": True} if overlap else {}),
             **tuned,
         )
     return Quantized(values, scales, fmt, (rows, columns), global_scale)

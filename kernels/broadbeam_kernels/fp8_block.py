@@ -37,7 +37,6 @@ def _quantize_rows_kernel(
     WRITE_WHOLE: tl.constexpr,  # padded columns do
     GROUPS_ROW: tl.constexpr,
     GROUPS: tl.constexpr,
-    READ: tl.constexpr = "",
 ):
     index = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     inside = index < total
@@ -47,8 +46,7 @@ def _quantize_rows_kernel(
     column = (group * 128)[:, None] + tl.arange(0, 128)[None, :]
     read = inside[:, None] if READ_WHOLE else inside[:, None] & (column < columns)
     write = inside[:, None] if WRITE_WHOLE else inside[:, None] & (column < padded)
-    x = tl.load(x_ptr + (row * x_row)[:, None] + column, mask=read, other=0.0, eviction_policy=READ)
-    x = x.to(tl.float32)
+    x = tl.load(x_ptr + (row * x_row)[:, None] + column, mask=read, other=0.0).to(tl.float32)
     scale, code = codes.fp8_blocks(x, POW2)
     tl.store(codes_ptr + (row * padded)[:, None] + column, code, mask=write)
     codes.store_fp8_scale(scales_ptr + row * scale_row + group * scale_group, scale, inside, BYTE)
@@ -65,7 +63,6 @@ def _quantize_tiles_kernel(
     groups,
     POW2: tl.constexpr,
     BYTE: tl.constexpr,
-    READ: tl.constexpr = "",
 ):
     tile_row = tl.program_id(0) // groups
     tile_column = tl.program_id(0) % groups
@@ -73,7 +70,7 @@ def _quantize_tiles_kernel(
     column = tile_column * 128 + tl.arange(0, 128)
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     at = row.to(tl.int64)[:, None] * x_row + column[None, :]
-    x = tl.load(x_ptr + at, mask=mask, other=0.0, eviction_policy=READ).to(tl.float32)
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     scale = codes.fp8_scale(tl.max(tl.max(tl.abs(x), axis=1), axis=0), POW2)
     code = codes.e4m3(codes.divide(x, scale, codes.reciprocal(scale)))
     tl.store(codes_ptr + row.to(tl.int64)[:, None] * columns + column[None, :], code, mask=mask)

@@ -20,26 +20,7 @@ from .contracts import HALF_TYPES, check, check_tensor, launches, paired
 from .formats import NVFP4, NVFP4_RANGE, Nvfp4, Quantized
 from .fp4_block import dequantize_blocks, quantize_blocks
 from .reference import quantize as oracle
-from .tuning import config
-
-
-@triton.jit
-def _load_words(
-    x_ptr,
-    start,
-    columns,
-    row_words,
-    total,
-    FLAT: tl.constexpr,
-    WORDS: tl.constexpr,
-    POLICY: tl.constexpr,
-):
-    index = start + tl.arange(0, WORDS // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    at = index
-    if not FLAT:
-        row = index // columns
-        at = row.to(tl.int64) * row_words + (index - row * columns)
-    return tl.load(x_ptr + at, mask=index < total, other=0, eviction_policy=POLICY)
+from .tuning import config, launches_overlap
 
 
 @triton.jit
@@ -51,24 +32,19 @@ def _maxima_kernel(
     total,
     BF16: tl.constexpr,
     FLAT: tl.constexpr,
+    OVERLAP: tl.constexpr,
     WORDS: tl.constexpr,
-    KEEP: tl.constexpr = 0,
-    EARLY: tl.constexpr = "",
-    LATE: tl.constexpr = "",
-    PDL: tl.constexpr = False,
 ):
     best = tl.zeros((WORDS // 8,), tl.float32)
-    step = tl.num_programs(0) * WORDS
-    first = tl.program_id(0) * WORDS
-    # What comes last stays in the cache for the quantising launch, which walks backwards.
-    kept = first + tl.cdiv(tl.maximum(total - KEEP - first, 0), step) * step
-    for start in tl.range(first, tl.minimum(kept, total), step):
-        words = _load_words(x_ptr, start, columns, row_words, total, FLAT, WORDS, EARLY)
+    for start in tl.range(tl.program_id(0) * WORDS, total, tl.num_programs(0) * WORDS):
+        index = start + tl.arange(0, WORDS // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+        at = index
+        if not FLAT:
+            row = index // columns
+            at = row.to(tl.int64) * row_words + (index - row * columns)
+        words = tl.load(x_ptr + at, mask=index < total, other=0)
         best = tl.maximum(best, codes.pair_amax(words, 1, BF16))
-    for start in tl.range(kept, total, step):
-        words = _load_words(x_ptr, start, columns, row_words, total, FLAT, WORDS, LATE)
-        best = tl.maximum(best, codes.pair_amax(words, 1, BF16))
-    if PDL:
+    if OVERLAP:
         gdc_launch_dependents()
     tl.store(maxima_ptr + tl.program_id(0), tl.max(best, axis=0))
 
@@ -88,6 +64,7 @@ def _maxima(x: Tensor) -> Tensor:
         words,
         BF16=x.dtype == torch.bfloat16,
         FLAT=x.is_contiguous(),
+        OVERLAP=launches_overlap(x.device),
         **tuned,
     )
     return out

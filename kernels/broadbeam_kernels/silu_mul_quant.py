@@ -40,7 +40,6 @@ def _kernel(
     BYTE: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
-    READ: tl.constexpr = "",
 ):
     # Some rows by some groups: few programs find nothing to do, and an expert with one row still spreads.
     first = tl.program_id(0) * ROWS
@@ -57,8 +56,8 @@ def _kernel(
     mask = inside[:, None]
     column = (group * 128)[:, None] + tl.arange(0, 128)[None, :]
     source = y_ptr + expert * y_expert + (row.to(tl.int64) * y_row)[:, None] + column
-    gate = tl.load(source, mask=mask, other=0.0, eviction_policy=READ).to(tl.float32)
-    up = tl.load(source + hidden, mask=mask, other=0.0, eviction_policy=READ).to(tl.float32)
+    gate = tl.load(source, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(source + hidden, mask=mask, other=0.0).to(tl.float32)
     value = gate / (1.0 + tl.exp(-gate)) * up
     scale, code = codes.fp8_blocks(value, POW2)
     tl.store(codes_ptr + ((expert * slots + row) * hidden)[:, None] + column, code, mask=mask)

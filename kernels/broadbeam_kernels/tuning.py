@@ -37,6 +37,11 @@ def multiprocessors(index: int) -> int:
     return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
+def launches_overlap(device: torch.device) -> bool:
+    """Whether a launch may start before the one ahead of it ends, and wait inside (from Hopper on)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def _holds(rule: Launch, facts: dict[str, int]) -> bool:
     return all(low <= facts[name] <= high for name, (low, high) in rule.get("when", {}).items())
 

@@ -78,6 +78,11 @@ def quantizers() -> Iterator[Case]:
         yield Case("dequantize", f"{name} {shape}", partial(dequantize, packed), moved)
 
 
+def _in_turn(calls: list[partial[object]]) -> None:
+    for call in calls:
+        call()
+
+
 def silu() -> Iterator[Case]:
     """SiLU-mul-quant, flat and masked."""
     y = gaussian(ROWS, 2 * HIDDEN)
@@ -91,6 +96,10 @@ def silu() -> Iterator[Case]:
         moved = 32 * used * (4 * hidden + hidden * 33 // 32)
         name = f"masked 32x{slots}x{hidden}, {used} used"
         yield Case("silu_mul_quant", name, partial(silu_mul_quant_masked, masked, count), moved)
+    # The cache is full of the flush's own lines, and writing them back is a quarter of so short a call. Calls
+    # in a row, whose inputs no cache holds together, write back one another's lines.
+    calls = [partial(silu_mul_quant_masked, gaussian(32, slots, 2 * hidden), count) for _ in range(4)] * 2
+    yield Case("silu_mul_quant", f"{name}, 8 calls in a row", partial(_in_turn, calls), 8 * moved)
 
 
 def concat() -> Iterator[Case]:
