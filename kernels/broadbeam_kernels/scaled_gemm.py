@@ -27,6 +27,8 @@ from .reference import scaled_gemm as oracle
 from .tuning import Launch, config
 
 OUT_TYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Triton's interpreter multiplies the bits of bf16 as integers; fp16 holds the values of its tests.
+HALF = tl.constexpr(tl.float16 if triton.knobs.runtime.interpret else tl.bfloat16)
 BN = 128  # weight rows of a tile: what the block-scaled instruction takes
 BK = 128  # values of K in a step: an FP8 scale's
 
@@ -74,8 +76,8 @@ def _factors(scales, NVFP4: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constex
 def _decode(code, factor):
     """Packed e2m1 codes times their scales -> the even and the odd values, bf16."""
     code = code.to(tl.int32)
-    even = (codes.e2m1_value(code) * factor).to(tl.bfloat16)
-    return even, (codes.e2m1_value(code >> 4) * factor).to(tl.bfloat16)
+    even = (codes.e2m1_value(code) * factor).to(HALF)
+    return even, (codes.e2m1_value(code >> 4) * factor).to(HALF)
 
 
 @triton.jit
@@ -169,7 +171,7 @@ def _scaled_kernel(
                 acc = tl.dot_scaled(w, ws, "e2m1", x.T, xs, "e4m3", acc)
             else:
                 if A == "fp8":
-                    x = (e4m3_as_half(x).to(tl.float32) * 256.0).to(tl.bfloat16)
+                    x = (e4m3_as_half(x).to(tl.float32) * 256.0).to(HALF)
                 even, odd = _decode(w, _factors(ws, NVFP4, BN, BLOCKS, BLOCK // 2))
                 x_even, x_odd = tl.split(x.reshape(BM, BK // 2, 2))
                 if A == "fp8":
