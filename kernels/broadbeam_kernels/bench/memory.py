@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -78,7 +78,7 @@ def quantizers() -> Iterator[Case]:
         yield Case("dequantize", f"{name} {shape}", partial(dequantize, packed), moved)
 
 
-def _in_turn(calls: list[partial[object]]) -> None:
+def _in_turn(calls: Sequence[Callable[[], object]]) -> None:
     for call in calls:
         call()
 
