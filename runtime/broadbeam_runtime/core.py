@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from broadbeam_runtime.distribution import Distribution
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -75,6 +77,11 @@ class Output:
     queue_s: float = 0.0  # on the first output: from arrival until the request first ran
 
 
+# No KV reads yet; the bounds are vLLM's.
+TRANSFER_BYTES = Distribution(tuple(2.0**power for power in range(11, 35, 2)))
+TRANSFER_S = Distribution((0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 5.0))
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """A snapshot for /metrics; counters count from the start of the process."""
@@ -96,8 +103,8 @@ class EngineStats:
     steps: int = 0
     dummy_steps: int = 0
     held_blocks: int = 0  # under a lease for a decode rank
-    transfer_bytes: int = 0
-    transfer_s: float = 0.0
+    transfer_bytes: Distribution = TRANSFER_BYTES  # of reads that succeeded
+    transfer_s: Distribution = TRANSFER_S
     transfer_failures: int = 0
     leases_expired: int = 0
     weight_bytes: int = 0

@@ -16,6 +16,8 @@ from broadbeam_crds.engine_config import ConfigError, EngineConfig
 from broadbeam_runtime.attention import Chunk, make_plan
 from broadbeam_runtime.checkpoint import CheckpointError
 from broadbeam_runtime.core import (
+    TRANSFER_BYTES,
+    TRANSFER_S,
     EngineStats,
     LoadProgress,
     ModelInfo,
@@ -270,8 +272,8 @@ class TorchEngine:
             steps=self.steps,
             dummy_steps=self.dummy_steps,
             held_blocks=transfers.held_blocks if transfers else 0,
-            transfer_bytes=moved.bytes if moved else 0,
-            transfer_s=moved.seconds if moved else 0.0,
+            transfer_bytes=moved.bytes if moved else TRANSFER_BYTES,
+            transfer_s=moved.seconds if moved else TRANSFER_S,
             transfer_failures=moved.failures if moved else 0,
             leases_expired=moved.expired if moved else 0,
             weight_bytes=self.weight_bytes,

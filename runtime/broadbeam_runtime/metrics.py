@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from broadbeam_runtime.core import EngineStats, FinishReason, Output
+from broadbeam_runtime.distribution import Distribution
 
 LABELS = ("engine", "model_name")
 _LATENCY = (
@@ -63,10 +64,10 @@ _SOURCES = (
     ("local_cache_hit", "prompt_tokens_cached"),
     ("external_kv_transfer", "prompt_tokens_transferred"),
 )
-_TRANSFERS = (
-    ("bytes", "KV bytes read from prefill ranks.", "transfer_bytes"),
-    ("seconds", "Seconds that KV reads took, summed over reads.", "transfer_s"),
-    ("failures", "KV reads that failed.", "transfer_failures"),
+_TRANSFERS: tuple[tuple[str, str, Callable[[EngineStats], float]], ...] = (
+    ("bytes", "KV bytes read from prefill ranks.", lambda stats: stats.transfer_bytes.sum),
+    ("seconds", "Seconds that KV reads took, summed over reads.", lambda stats: stats.transfer_s.sum),
+    ("failures", "KV reads that failed.", lambda stats: stats.transfer_failures),
 )
 
 
@@ -116,19 +117,28 @@ class EngineCollector(Collector):
     def _transfers(self, stats: EngineStats) -> Iterator[Metric]:
         if self._connector is None:
             return
-        for suffix, text, field_name in _TRANSFERS:
+        for suffix, text, value in _TRANSFERS:
             family = CounterMetricFamily(
                 f"broadbeam:kv_transfer_{suffix}", text, labels=(*LABELS, "connector")
             )
-            family.add_metric((*self._labels, self._connector), getattr(stats, field_name))
+            family.add_metric((*self._labels, self._connector), value(stats))
             yield family
         if self._connector == "nixl":
-            yield self._counter("vllm:nixl_bytes_transferred", "KV bytes read by NIXL.", stats.transfer_bytes)
-            yield self._counter("vllm:nixl_xfer_time_seconds", "Seconds of NIXL reads.", stats.transfer_s)
+            yield self._distribution(
+                "vllm:nixl_xfer_time_seconds", "Transfer duration of a NIXL read.", stats.transfer_s
+            )
+            yield self._distribution(
+                "vllm:nixl_bytes_transferred", "Bytes of a NIXL read.", stats.transfer_bytes
+            )
             yield self._counter(
                 "vllm:nixl_num_failed_transfers", "NIXL reads that failed.", stats.transfer_failures
             )
             yield self._counter("vllm:nixl_num_kv_expired_reqs", "Expired leases.", stats.leases_expired)
+
+    def _distribution(self, name: str, text: str, values: Distribution) -> HistogramMetricFamily:
+        family = HistogramMetricFamily(name, text, labels=LABELS)
+        family.add_metric(self._labels, values.buckets(), values.sum)
+        return family
 
 
 @dataclass(slots=True)

@@ -10,11 +10,36 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from broadbeam_crds.engine_config import EngineConfig
-from broadbeam_runtime.core import EngineStats, FinishReason, Output, Request, TokenLogprob
+from broadbeam_runtime.core import (
+    TRANSFER_BYTES,
+    TRANSFER_S,
+    EngineStats,
+    FinishReason,
+    Output,
+    Request,
+    TokenLogprob,
+)
 from broadbeam_runtime.kv.pull import PullConnector
 from broadbeam_runtime.sim_blocks import BlockPool, block_keys
 from broadbeam_runtime.sim_text import logprob, next_token, seed_of
 from broadbeam_runtime.sim_tokenizer import END
+
+# Fields of EngineStats that are counted here as they happen.
+COUNTED = (
+    "prefix_queries",
+    "prefix_hits",
+    "external_queries",
+    "external_hits",
+    "prompt_tokens_computed",
+    "prompt_tokens_cached",
+    "prompt_tokens_transferred",
+    "generation_tokens",
+    "preemptions",
+    "steps",
+    "dummy_steps",
+    "transfer_failures",
+    "leases_expired",
+)
 
 
 @dataclass(slots=True)
@@ -55,7 +80,8 @@ class SimScheduler:
         self._pulling: dict[str, Sequence] = {}
         self._held: dict[str, list[int]] = {}
         self._outputs: list[Output] = []
-        self._counts: dict[str, float] = dict.fromkeys(EngineStats.__dataclass_fields__, 0)
+        self._counts = dict.fromkeys(COUNTED, 0)
+        self._transfer_bytes, self._transfer_s = TRANSFER_BYTES, TRANSFER_S
 
     @property
     def running(self) -> int:
@@ -108,11 +134,11 @@ class SimScheduler:
             self._counts["leases_expired"] += not pulled
         for result in self._connector.pulled():
             sequence = self._pulling.pop(result.request_id)
-            self._counts["transfer_bytes"] += result.bytes
-            self._counts["transfer_s"] += result.seconds
             if result.error is not None:
                 self._pull_failed(sequence, result.error)
             else:
+                self._transfer_bytes = self._transfer_bytes.with_value(result.bytes)
+                self._transfer_s = self._transfer_s.with_value(result.seconds)
                 self._pull_done(sequence)
 
     def _pull_failed(self, sequence: Sequence, error: str) -> None:
@@ -296,16 +322,15 @@ class SimScheduler:
 
     def stats(self) -> EngineStats:
         """May be called from any thread."""
-        counts = {
-            name: int(value) for name, value in self._counts.items() if name not in ("kv_usage", "transfer_s")
-        }
-        live = {
-            "running": len(self._running),
-            "waiting": len(self._waiting) + len(self._pulling),
-            "kv_blocks": self._pool.total,
-            "block_size": self._block_size,
-            "held_blocks": sum(len(blocks) for blocks in list(self._held.values())),
-            "kv_bytes": self._pool.total * self._block_size * self._config.sim.kv_bytes_per_token,
-        }
-        usage = 1 - self._pool.free / self._pool.total
-        return EngineStats(**{**counts, **live}, kv_usage=usage, transfer_s=self._counts["transfer_s"])
+        return EngineStats(
+            running=len(self._running),
+            waiting=len(self._waiting) + len(self._pulling),
+            kv_usage=1 - self._pool.free / self._pool.total,
+            kv_blocks=self._pool.total,
+            block_size=self._block_size,
+            held_blocks=sum(len(blocks) for blocks in list(self._held.values())),
+            kv_bytes=self._pool.total * self._block_size * self._config.sim.kv_bytes_per_token,
+            transfer_bytes=self._transfer_bytes,
+            transfer_s=self._transfer_s,
+            **self._counts,
+        )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from broadbeam_runtime.core import TokenLogprob
+from broadbeam_runtime.core import TRANSFER_BYTES, TRANSFER_S, TokenLogprob
+from broadbeam_runtime.distribution import Distribution
 from broadbeam_runtime.kv.connector import KVConnector
 from broadbeam_runtime.kv.pool import BlockPool
 from broadbeam_runtime.sequence import Sequence
@@ -15,8 +16,8 @@ from broadbeam_runtime.sequence import Sequence
 class TransferCounts:
     """Since the start of the process."""
 
-    bytes: int = 0
-    seconds: float = 0.0
+    bytes: Distribution = TRANSFER_BYTES
+    seconds: Distribution = TRANSFER_S
     failures: int = 0
     expired: int = 0
     wanted_tokens: int = 0
@@ -100,9 +101,11 @@ class Transfers:
             if (sequence := self.cancelled.pop(result.request_id, None)) is not None:
                 self.pool.release(sequence.blocks)
             elif (sequence := self.pulling.pop(result.request_id, None)) is not None:
-                self.counts.bytes += result.bytes
-                self.counts.seconds += result.seconds
-                self.counts.failures += result.error is not None
+                if result.error is None:
+                    self.counts.bytes = self.counts.bytes.with_value(result.bytes)
+                    self.counts.seconds = self.counts.seconds.with_value(result.seconds)
+                else:
+                    self.counts.failures += 1
                 ended.append((sequence, result.error))
         return ended
 
