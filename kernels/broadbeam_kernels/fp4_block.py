@@ -181,6 +181,7 @@ def quantize_blocks(
     total = scales.numel()
     if maxima is not None:
         global_scale = torch.empty(1, dtype=torch.float32, device=x.device)
+    flat = x.is_contiguous() and n == columns and not swizzled
     overlap = maxima is not None and launches_overlap(x.device)
     facts = {"swizzled": swizzled, "maxima": maxima is not None, "padded": n != columns}
     tuned = config("nvfp4_quantize" if nvfp4 else "mxfp4_quantize", x.device, **facts)
@@ -199,9 +200,9 @@ def quantize_blocks(
             NVFP4=nvfp4,
             BF16=x.dtype == torch.bfloat16,
             SWIZZLED=swizzled,
-            FLAT=x.is_contiguous() and n == columns and not swizzled,
+            FLAT=flat,
             PADDED=n != columns,
-            BLOCKS_ROW=blocks,
+            BLOCKS_ROW=1 if flat else blocks,  # flat rows of any width share a compilation
             MAXIMA=0 if maxima is None else triton.next_power_of_2(maxima.numel()),
             OVERLAP=overlap,
             **({"launch_pdl": True} if overlap else {}),
@@ -217,7 +218,7 @@ def dequantize_blocks(q: Quantized, dtype: torch.dtype) -> Tensor:
     rows, columns = q.shape
     out = torch.empty((rows, columns), dtype=dtype, device=q.values.device)
     blocks = columns // q.format.block
-    nvfp4 = isinstance(q.format, Nvfp4)
+    nvfp4, swizzled = isinstance(q.format, Nvfp4), q.format.scales == "swizzled"
     tuned = config("nvfp4_dequantize" if nvfp4 else "mxfp4_dequantize", out.device)
     if rows * blocks:
         _dequantize_kernel[(triton.cdiv(rows * blocks, tuned["BLOCKS"]),)](
@@ -228,8 +229,8 @@ def dequantize_blocks(q: Quantized, dtype: torch.dtype) -> Tensor:
             rows * blocks,
             NVFP4=nvfp4,
             BF16=dtype == torch.bfloat16,
-            SWIZZLED=q.format.scales == "swizzled",
-            BLOCKS_ROW=blocks,
+            SWIZZLED=swizzled,
+            BLOCKS_ROW=blocks if swizzled else 1,
             **tuned,
         )
     return out
