@@ -50,8 +50,7 @@ def _maxima_kernel(
 
 
 def _maxima(x: Tensor) -> Tensor:
-    """Largest magnitudes of some parts of (rows, columns) on a GPU, columns even, not empty; float32."""
-    x = paired(x)
+    """Largest magnitudes (float32) of some parts of x, which is not empty and whose values come in pairs."""
     words = x.numel() // 2
     tuned = dict(config("amax", x.device))
     programs = min(triton.cdiv(words, tuned["WORDS"]), tuned.pop("PROGRAMS"))
@@ -77,7 +76,7 @@ def amax(x: Tensor) -> Tensor:
         return torch.zeros(1, device=x.device)
     if not launches(x) or x.shape[1] % 2:
         return x.abs().max().float().reshape(1)
-    return _maxima(x).amax().reshape(1)
+    return _maxima(paired(x)).amax().reshape(1)
 
 
 def global_scale(x: Tensor) -> Tensor:
@@ -105,6 +104,7 @@ def quantize_nvfp4(x: Tensor, fmt: Nvfp4 = NVFP4, global_scale: Tensor | None = 
         return quantize_blocks(x, columns, fmt, global_scale.to(torch.float32).reshape(1))
     if x.numel() == 0:
         return quantize_blocks(x, columns, fmt, torch.ones(1, device=x.device))
+    x = paired(x)  # once: the quantising launch reads x before it waits, so nothing may write x in between
     return quantize_blocks(x, columns, fmt, maxima=_maxima(x))
 
 
