@@ -67,8 +67,16 @@ class Pod:
             host,
             *flags,
         ]
+        self.command = command
+        self.start()
+
+    def start(self) -> None:
+        """Run it, again if it has ended; its log starts anew."""
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+
+    def rank_states(self) -> list[dict[str, Any]]:
+        return list(json.loads(self.get("/readyz")[1])["ranks"])
 
     def url(self, path: str, rank: int = 0) -> str:
         return f"http://{self.host}:{8000 + rank}{path}"

@@ -28,10 +28,6 @@ def sim(**changes: Any) -> dict[str, Any]:
     return {**base, "sim": {"decode_base_ms": 2, "prefill_base_ms": 1}, **changes}
 
 
-def ranks(pod: Any) -> list[dict[str, Any]]:
-    return list(json.loads(pod.get("/readyz")[1])["ranks"])
-
-
 def running(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -42,7 +38,9 @@ def running(pid: int) -> bool:
 def test_readiness_shows_how_far_the_start_is(start_pod: StartPod) -> None:
     pod = start_pod(sim(sim={"load_s": 1.5}))
     pod.wait(lambda: pod.get("/health")[0] == 200)
-    state = pod.wait(lambda: next((r for r in ranks(pod) if r["stage"] == "loading" and r["done"]), None))
+    state = pod.wait(
+        lambda: next((r for r in pod.rank_states() if r["stage"] == "loading" and r["done"]), None)
+    )
     assert 0 < state["done"] <= 1
     assert pod.get("/readyz")[0] == 503
     assert pod.get("/v1/models", 8000)[0] == 503
@@ -62,7 +60,7 @@ def test_all_ranks_metrics_make_one_valid_page(start_pod: StartPod) -> None:
 
 def test_a_killed_rank_ends_the_pod_with_its_name_and_code(start_pod: StartPod) -> None:
     pod = start_pod(sim(**TWO)).ready()
-    first, second = (rank["pid"] for rank in ranks(pod))
+    first, second = (rank["pid"] for rank in pod.rank_states())
     subprocess.run(["kill", "-9", str(second)], check=True)
     assert pod.process.wait(20) == 1
     assert "rank 1 was killed by SIGKILL" in pod.log.read_text().splitlines()[-1]
@@ -71,7 +69,7 @@ def test_a_killed_rank_ends_the_pod_with_its_name_and_code(start_pod: StartPod) 
 
 def test_killing_the_supervisor_leaves_no_rank_behind(start_pod: StartPod) -> None:
     pod = start_pod(sim(**TWO)).ready()
-    pids = [rank["pid"] for rank in ranks(pod)]
+    pids = [rank["pid"] for rank in pod.rank_states()]
     pod.stop(signal.SIGKILL)
     pod.wait(lambda: not any(running(pid) for pid in pids))
 
@@ -91,8 +89,8 @@ def test_a_port_in_use_is_one_clear_line(start_pod: StartPod, port: int) -> None
 def test_a_stop_during_the_start_leaves_nothing(start_pod: StartPod, number: int) -> None:
     pod = start_pod(sim(sim={"load_s": 60}, **TWO))
     pod.wait(lambda: pod.get("/health")[0])
-    pids = pod.wait(lambda: [rank["pid"] for rank in ranks(pod) if rank["pid"]])
-    pod.wait(lambda: any(rank["stage"] == "loading" for rank in ranks(pod)))
+    pids = pod.wait(lambda: [rank["pid"] for rank in pod.rank_states() if rank["pid"]])
+    pod.wait(lambda: any(rank["stage"] == "loading" for rank in pod.rank_states()))
     assert pod.stop(number) == (130 if number == signal.SIGINT else 0)
     assert not any(running(pid) for pid in pids)
     assert "Traceback" not in pod.log.read_text()
@@ -184,7 +182,7 @@ def test_a_bad_config_is_one_line_and_status_2(tmp_path: Path, text: str | None,
 
 def test_the_processes_are_small(start_pod: StartPod) -> None:
     pod = start_pod(sim()).ready()
-    (rank,) = ranks(pod)
+    (rank,) = pod.rank_states()
     for _ in range(3):
         assert pod.post("/v1/completions", {"model": "demo", "prompt": "x", "max_tokens": 8})[0] == 200
     assert _resident_mib(rank["pid"]) <= 60

@@ -1,0 +1,79 @@
+"""One expert-parallel group over two pods, each a supervisor with an address of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from broadbeam_crds import conventions
+
+StartPod = Callable[..., Any]
+NAME = "demo-decode-0-0.demo-decode-0.default.svc"  # node 0, as a cluster's DNS knows it
+HOSTS = [f"127.233.{os.getpid() % 250}.{node + 1}" for node in range(2)]
+CONFIG = {
+    "engine": "broadbeam",
+    "role": "both",
+    "model": {"name": "tiny", "source": "tiny://deepseek-v3", "max_model_len": 256},
+    "parallel": {"data": 2, "nodes": 2, "ranks_per_node": 1, "coordinator": NAME},
+    "cache": {"memory_bytes": 16 << 20},
+    "dtype": "float32",
+    "threads": 1,
+    "drain_s": 0,
+}
+QUESTION = {"model": "tiny", "prompt": "the wind and the sea", "max_tokens": 8, "temperature": 0}
+
+
+@pytest.fixture
+def start_group(
+    start_pod: StartPod, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], list[Any]]:
+    """Start both pods of the group, as a cluster does: at once, with node 0 known by name."""
+    hosts_file = tmp_path / "hosts"
+    hosts_file.write_text(f"{HOSTS[0]} {NAME}\n")
+    monkeypatch.setenv(conventions.ENV_HOSTS_FILE, str(hosts_file))
+    flags = ["--cache", str(tmp_path), "--node-index"]
+    return lambda: [start_pod(CONFIG, *flags, str(node), host=host) for node, host in enumerate(HOSTS)]
+
+
+def answer(pod: Any) -> str:
+    status, body = pod.post("/v1/completions", QUESTION)
+    assert status == 200, body
+    return str(body["choices"][0]["text"])
+
+
+def test_a_lost_rank_ends_both_pods_and_the_group_comes_back(start_group: Callable[[], list[Any]]) -> None:
+    first, second = (pod.ready() for pod in start_group())
+    said = answer(first)
+    assert answer(second) == said
+    assert first.metric("broadbeam:dummy_steps_total", engine="0") > 0, "for the other pod's request"
+
+    (rank,) = second.rank_states()
+    os.kill(rank["pid"], signal.SIGKILL)
+    assert second.process.wait(30) == 1
+    assert "rank 1 was killed by SIGKILL" in second.log.read_text().splitlines()[-1]
+    assert first.post("/v1/completions", QUESTION)[0] == 500
+    assert first.process.wait(60) == 1
+    assert "rank 0 lost a rank of its group" in first.log.read_text()
+
+    for pod in start_group():
+        assert answer(pod.ready()) == said
+
+
+def test_a_pod_that_comes_back_alone_makes_an_idle_group_start_again(
+    start_group: Callable[[], list[Any]],
+) -> None:
+    first, second = (pod.ready() for pod in start_group())
+    (rank,) = second.rank_states()
+    os.kill(rank["pid"], signal.SIGKILL)
+    assert second.process.wait(30) == 1
+    assert first.process.poll() is None, "an idle group has not noticed yet"
+    second.start()
+    assert second.process.wait(60) == 1
+    assert "rank 1 was restarted alone; its group of 2 has to start again" in second.log.read_text()
+    assert first.process.wait(60) == 1
+    assert "rank 0 lost a rank of its group" in first.log.read_text()
