@@ -87,6 +87,31 @@ def test_n_answers_with_a_seed_differ_and_repeat(client: openai.OpenAI) -> None:
     assert texts == [choice.text for choice in sorted(again.choices, key=lambda c: c.index)]
 
 
+def test_several_answers_share_the_prompts_blocks_and_have_log_probabilities_of_their_own(
+    client: openai.OpenAI, pod: Any
+) -> None:
+    def hits() -> float:
+        return float(pod.metric("vllm:prompt_tokens_by_source_total", source="local_cache_hit"))
+
+    ask: dict[str, Any] = {
+        "model": "demo",
+        "prompt": list(range(300, 400)),
+        "temperature": 1.0,
+        "max_tokens": 8,
+        "logprobs": 2,
+    }
+    before = hits()
+    together = client.completions.create(**ask, n=3, seed=7).choices
+    assert hits() - before == 2 * 96, "six full blocks of 16 for each but the first"
+    for index, choice in enumerate(together):
+        alone = client.completions.create(**ask, n=1, seed=7 + index).choices[0]
+        assert alone.logprobs is not None
+        assert choice.logprobs is not None
+        assert choice.logprobs.tokens == alone.logprobs.tokens
+        assert choice.logprobs.token_logprobs == pytest.approx(alone.logprobs.token_logprobs, abs=1e-4)
+    assert len({choice.text for choice in together}) == 3
+
+
 def test_a_list_of_prompts_gives_an_answer_to_each(client: openai.OpenAI) -> None:
     answer = client.completions.create(model="demo", prompt=["one", "two"], n=2, max_tokens=4, temperature=0)
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
