@@ -3,13 +3,17 @@
     python -m broadbeam_router.bench [--rounds N] [--save]
 
 Both run at the same time in front of the same engines and are asked in turns, so what else the machine does
-hits both alike; medians over the rounds. CPU time is the process's own, from the scheduler, in user and
-kernel. The gateway runs with API keys and metrics on.
+hits both alike; medians over the rounds, after one to warm up. CPU time is the process's own, from the
+scheduler, in user and kernel. The gateway runs as in production, with API keys and metrics on. Both get the
+same bytes over the same number of connections: the head that the openai client sends, bodies of about 2 KB,
+and answers with vLLM's head.
 
-Both get the same requests per second, well below what either could take: at saturation the cheaper of two
-finds its peers awake, and the kernel's work of waking them is not charged to it (`saturated` shows that
-figure too, without a bar). One JSON line per figure: `ratio` is gateway over forwarder and must not exceed
-`bar`; --save appends them to baselines.jsonl.
+`saturated` sends as many requests as will go, the other cases the same number per second to both, well below
+what either could take. Saturated, the cheaper of two finds its peers awake, and the kernel's work of waking
+them is not charged to it. `new heads` gives every request an id of its own, so that none has a known head.
+
+One JSON line per figure: `ratio` is gateway over forwarder and must not exceed `bar`; --save appends them to
+baselines.jsonl.
 """
 
 from __future__ import annotations
@@ -28,7 +32,6 @@ from pathlib import Path
 
 KEY = "sk-benchmark-key"
 BAR = 2.0
-LEGS_BAR = 2.5  # the forwarder sends one body twice, where the gateway makes two and reads the first answer
 BASELINES = Path(__file__).parent.parent / "baselines.jsonl"
 
 
@@ -41,14 +44,18 @@ class Case:
     rate: int = 0  # requests per second in all; 0: as many as will go
     chunks: int = 1  # events of a stream, [DONE] included
     legs: int = 1
+    new_heads: bool = False
     bar: float | None = BAR
 
 
 CASES = (
     Case("whole", stream=False, requests=1500, concurrency=16, rate=500),
-    Case("whole, two legs", stream=False, requests=1500, concurrency=16, rate=500, legs=2, bar=LEGS_BAR),
+    Case("whole, two legs", stream=False, requests=1500, concurrency=16, rate=500, legs=2),
     Case("streaming", stream=True, requests=160, concurrency=16, chunks=101),
-    Case("whole, saturated", stream=False, requests=4000, concurrency=16, bar=None),
+    Case("whole, saturated", stream=False, requests=4000, concurrency=16),
+    Case(
+        "whole, saturated, new heads", stream=False, requests=4000, concurrency=16, new_heads=True, bar=None
+    ),
 )
 
 
@@ -77,7 +84,7 @@ class Target:
     def round(self, case: Case) -> Cost:
         """What one run of `case` cost this process."""
         before = self.cpu_us()
-        kind = "stream" if case.stream else "whole"
+        kind = "stream" if case.stream else "new-heads" if case.new_heads else "whole"
         numbers = [str(n) for n in (self.port, case.requests, case.concurrency, case.rate)]
         command = [sys.executable, "-m", "broadbeam_router.bench_load", "clients", *numbers, kind, KEY]
         done = json.loads(subprocess.run(command, check=True, capture_output=True, timeout=300).stdout)

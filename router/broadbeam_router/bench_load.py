@@ -1,10 +1,10 @@
 """The other two processes of the benchmark: an engine that answers at once, and clients that ask.
 
     python -m broadbeam_router.bench_load engine PORT CHUNKS
-    python -m broadbeam_router.bench_load clients PORT REQUESTS CONCURRENCY RATE stream|whole KEY
+    python -m broadbeam_router.bench_load clients PORT REQUESTS CONCURRENCY RATE stream|whole|new-heads KEY
 
-RATE is requests per second in all, 0 for as many as will go. The clients print one JSON line: requests,
-chunks and seconds.
+RATE is requests per second in all, 0 for as many as will go; with new-heads, every request has an id of its
+own. The clients print one JSON line: requests, chunks and seconds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HEAD = (
     b"content-type: application/json\r\nuser-agent: OpenAI/Python 3.54.0\r\nx-stainless-lang: python\r\n"
     b"x-stainless-package-version: 3.54.0\r\nx-stainless-os: Linux\r\nx-stainless-arch: x64\r\n"
     b"x-stainless-runtime: CPython\r\nx-stainless-runtime-version: 3.11.7\r\nx-stainless-async: false\r\n"
-    b"x-stainless-retry-count: 0\r\nx-stainless-read-timeout: 600\r\nContent-Length: %d\r\n\r\n"
+    b"x-stainless-retry-count: 0\r\nx-stainless-read-timeout: 600\r\n%bContent-Length: %d\r\n\r\n"
 )
 # What uvicorn, vLLM's server, puts before an answer.
 SERVED = b"HTTP/1.1 200 OK\r\ndate: Tue, 24 Nov 2026 03:00:00 GMT\r\nserver: uvicorn\r\n"
@@ -146,18 +146,21 @@ async def engine(port: int, chunks: int) -> None:
     await server.serve_forever()
 
 
-def whole_request(prompt: str, stream: bool, key: str) -> bytes:
-    fields = {"model": "m", "stream": stream, "messages": [{"role": "user", "content": prompt}]}
+def request(number: int, kind: str, key: str) -> bytes:
+    message = {"role": "user", "content": PROMPT[number % LENGTHS :]}
+    fields = {"model": "m", "stream": kind == "stream", "messages": [message]}
     body = json.dumps(fields, separators=(",", ":")).encode()
-    return HEAD % (key.encode(), len(body)) + body
+    own = b"x-request-id: %032x\r\n" % number if kind == "new-heads" else b""
+    return HEAD % (key.encode(), own, len(body)) + body
 
 
-async def clients(port: int, requests: int, concurrency: int, rate: float, stream: bool, key: str) -> None:
+async def clients(port: int, requests: int, concurrency: int, rate: float, kind: str, key: str) -> None:
     loop = asyncio.get_running_loop()
-    requests_ = [whole_request(PROMPT[length:], stream, key) for length in range(LENGTHS)]
+    different = requests if kind == "new-heads" else LENGTHS
+    sent = [request(number, kind, key) for number in range(different)]
     left = [requests]
     pause_s = concurrency / rate if rate else 0.0
-    askers = [Asker(requests_, left, pause_s) for _ in range(concurrency)]
+    askers = [Asker(sent, left, pause_s) for _ in range(concurrency)]
     start_s = time.perf_counter()
     for index, asker in enumerate(askers):
         await loop.create_connection(lambda asker=asker: asker, "127.0.0.1", port)  # type: ignore[misc]
@@ -174,8 +177,6 @@ if __name__ == "__main__":
         case ["engine", port, chunks]:
             uvloop.run(engine(int(port), int(chunks)))
         case ["clients", port, requests, concurrency, rate, kind, key]:
-            uvloop.run(
-                clients(int(port), int(requests), int(concurrency), float(rate), kind == "stream", key)
-            )
+            uvloop.run(clients(int(port), int(requests), int(concurrency), float(rate), kind, key))
         case _:
             sys.exit(__doc__)

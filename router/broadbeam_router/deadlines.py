@@ -28,11 +28,11 @@ class Deadlines:
         self.discard = self._timed.discard
 
     def _tick(self) -> None:
+        self._handle = self._loop.call_later(TICK_S, self._tick)  # first: an error below must not end it
         now = self._loop.time()
         late = [timed for timed in self._timed if timed.deadline < now]
         for timed in late:
             timed.expire()
-        self._handle = self._loop.call_later(TICK_S, self._tick)
 
     def stop(self) -> None:
         self._handle.cancel()

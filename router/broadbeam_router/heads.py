@@ -2,7 +2,7 @@
 
 Most requests on a connection have the head of the one before, down to the byte, but for the digits of
 Content-Length: an SDK sends the same seventeen lines for every call. Such a head need not be parsed and
-checked a second time; comparing it is a thirtieth of the work.
+checked a second time; comparing it takes a ninth of the time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ _length = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]+)[ \t]*\r\n", re.IGNOREC
 
 
 class Head(msgspec.Struct, eq=False):
-    """`headers` has names in lower case; of a header that came twice, the last."""
+    """`headers` has names in lower case; of a header that came twice, the last. Of a head that is known,
+    Content-Length is that of its first request."""
 
     method: bytes
     path: bytes

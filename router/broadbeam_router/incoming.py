@@ -63,9 +63,6 @@ class RequestReader:
             data = self._take_body(data)
         elif known is not None and not self._fed and data.startswith(known.before):
             length, rest = known.split(data)
-            if 0 < length == len(rest) <= self._max_body:
-                self._on_request(Request(known.head, rest))
-                return
             if 0 < length <= self._max_body:
                 self._missing = length
                 data = self._take_body(rest)
@@ -76,16 +73,17 @@ class RequestReader:
         """Complete the request with the known head; what comes after it is given back."""
         known, missing = self._known, self._missing
         assert known is not None
-        body, rest = data[:missing], data[missing:]
-        missing = self._missing = missing - len(body)
-        if missing or self._body:
-            self._body.append(body)
-            if missing:
-                return b""
-            body = b"".join(self._body)
+        if len(data) < missing:
+            self._body.append(data)
+            self._missing -= len(data)
+            return b""
+        body = data[:missing]
+        if self._body:
+            body = b"".join((*self._body, body))
             self._body = []
+        self._missing = 0
         self._on_request(Request(known.head, body))
-        return rest
+        return data[missing:]
 
     def _parse(self, data: bytes) -> None:
         size = self._size = len(data)

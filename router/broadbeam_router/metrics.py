@@ -68,9 +68,7 @@ class Metrics:
 
     def answered(self, route: str, status: int, duration_s: float) -> None:
         self.requests[route, status] += 1
-        times = self.durations[route]
-        times.counts[bisect_left(SECONDS, duration_s)] += 1
-        times.sum_s += duration_s
+        self.durations[route].add(duration_s)
 
     def ejected(self, reason: str) -> None:
         self.ejections[reason] += 1

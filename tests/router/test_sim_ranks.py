@@ -27,6 +27,7 @@ MODEL = "harbour"
 ASK: dict[str, Any] = {"model": MODEL, "temperature": 0}
 CHAT: dict[str, Any] = {**ASK, "messages": [{"role": "user", "content": "What floats, and why?"}]}
 TEXT: dict[str, Any] = {**ASK, "prompt": "What floats, and why?"}
+ENDLESS: dict[str, Any] = {"max_tokens": 3000, "extra_body": {"ignore_eos": True}}  # 90 s of a slow site
 BODY_LIMIT = 20_000
 ROUTE = "x-broadbeam-route"
 _addresses = (f"127.{212 + os.getpid() % 40}.7.{number}" for number in itertools.count(1))
@@ -167,33 +168,63 @@ def slow_site(tmp_path: Path) -> Iterator[Site]:
         yield Site(stack, tmp_path, ["prefill", "decode"], decode_ms=30)
 
 
-@pytest.mark.parametrize(
-    ("ask", "text_of"),
-    [
-        pytest.param(
-            lambda client, **options: client.chat.completions.create(**CHAT, **options),
-            lambda choice: (choice.delta if hasattr(choice, "delta") else choice.message).content or "",
-            id="chat",
-        ),
-        pytest.param(
-            lambda client, **options: client.completions.create(**TEXT, **options),
-            lambda choice: choice.text,
-            id="completions",
-        ),
-    ],
-)
-def test_an_answer_is_the_same_whole_and_streamed(site: Site, ask, text_of) -> None:
-    whole = ask(site.client, max_tokens=8)
-    chunks = list(ask(site.client, max_tokens=8, stream=True, stream_options={"include_usage": True}))
-    streamed = [choice for chunk in chunks for choice in chunk.choices]
+class Chat:
+    """The chat route as the client offers it, and where its answers hold what."""
+
+    def create(self, client: openai.OpenAI, **fields: Any) -> Any:
+        return client.chat.completions.create(**(CHAT | fields))
+
+    def text(self, choice: Any) -> str:
+        return (choice.delta if hasattr(choice, "delta") else choice.message).content or ""
+
+    def asked_logprobs(self) -> dict[str, Any]:
+        return {"logprobs": True, "top_logprobs": 2}
+
+    def logprobs(self, choice: Any) -> list[tuple[float, int]]:
+        """Of each token its log-probability and how many others are listed beside it."""
+        return [(token.logprob, len(token.top_logprobs)) for token in choice.logprobs.content]
+
+
+class Completions:
+    def create(self, client: openai.OpenAI, **fields: Any) -> Any:
+        return client.completions.create(**(TEXT | fields))
+
+    def text(self, choice: Any) -> str:
+        text: str = choice.text
+        return text
+
+    def asked_logprobs(self) -> dict[str, Any]:
+        return {"logprobs": 2}
+
+    def logprobs(self, choice: Any) -> list[tuple[float, int]]:
+        found = choice.logprobs
+        return list(zip(found.token_logprobs, map(len, found.top_logprobs), strict=True))
+
+
+both_routes = pytest.mark.parametrize("route", [Chat(), Completions()], ids=["chat", "completions"])
+whole_and_streamed = pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+
+
+def choices_of(answer: Any, stream: bool) -> list[Any]:
+    """The choices of a whole answer, or the parts of all choices of a stream in the order they came."""
+    return [choice for chunk in answer for choice in chunk.choices] if stream else answer.choices
+
+
+@both_routes
+def test_an_answer_is_the_same_whole_and_streamed(site: Site, route) -> None:
+    whole = route.create(site.client, max_tokens=8)
+    chunks = list(
+        route.create(site.client, max_tokens=8, stream=True, stream_options={"include_usage": True})
+    )
+    streamed = choices_of(chunks, stream=True)
     assert whole.usage.completion_tokens == 8
-    assert "".join(map(text_of, streamed)) == text_of(whole.choices[0])
+    assert "".join(map(route.text, streamed)) == route.text(whole.choices[0])
     assert len(streamed) >= 8
     assert streamed[-1].finish_reason == whole.choices[0].finish_reason == "length"
     assert chunks[-1].usage.completion_tokens == 8
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@whole_and_streamed
 def test_prefill_and_decode_are_apart_and_say_so(site: Site, stream) -> None:
     sources = "vllm:prompt_tokens_by_source_total"
     decode = site.engine("decode")
@@ -207,13 +238,14 @@ def test_prefill_and_decode_are_apart_and_say_so(site: Site, stream) -> None:
     assert decode.metric(sources, 'source="external_kv_transfer"') > 0
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-def test_the_text_ends_before_the_stop_string(site: Site, stream) -> None:
-    full = site.client.completions.create(**TEXT, max_tokens=12).choices[0].text
+@both_routes
+@whole_and_streamed
+def test_the_text_ends_before_the_stop_string(site: Site, route, stream) -> None:
+    full = route.text(route.create(site.client, max_tokens=12).choices[0])
     word = full.split()[5]
-    answer = site.client.completions.create(**TEXT, max_tokens=12, stop=["nowhere", word], stream=stream)
-    choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
-    assert "".join(choice.text for choice in choices) == full[: full.index(word)]
+    answer = route.create(site.client, max_tokens=12, stop=["nowhere", word], stream=stream)
+    choices = choices_of(answer, stream)
+    assert "".join(map(route.text, choices)) == full[: full.index(word)]
     assert choices[-1].finish_reason == "stop"
 
 
@@ -223,15 +255,25 @@ def test_several_choices_come_from_one_rank(site: Site) -> None:
     assert raw.headers[ROUTE] == "decode-only"
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-def test_every_token_has_its_logprobs_the_first_included(site: Site, stream) -> None:
-    answer = site.client.chat.completions.create(
-        **CHAT, max_tokens=6, logprobs=True, top_logprobs=2, stream=stream
-    )
-    choices = [chunk.choices[0] for chunk in answer] if stream else answer.choices
-    tokens = [token for choice in choices if choice.logprobs for token in choice.logprobs.content]
+@both_routes
+@whole_and_streamed
+def test_each_of_several_choices_is_whole(site: Site, route, stream) -> None:
+    alone = route.text(route.create(site.client, max_tokens=5).choices[0])
+    parts = choices_of(route.create(site.client, max_tokens=5, n=3, stream=stream), stream)
+    for index in range(3):
+        mine = [part for part in parts if part.index == index]
+        assert "".join(map(route.text, mine)) == alone
+        assert [part.finish_reason for part in mine if part.finish_reason] == ["length"]
+
+
+@both_routes
+@whole_and_streamed
+def test_every_token_has_its_logprobs_the_first_included(site: Site, route, stream) -> None:
+    answer = route.create(site.client, max_tokens=6, stream=stream, **route.asked_logprobs())
+    found = [choice for choice in choices_of(answer, stream) if choice.logprobs]
+    tokens = [token for choice in found for token in route.logprobs(choice)]
     assert len(tokens) == 6
-    assert all(token.logprob <= 0 and len(token.top_logprobs) == 2 for token in tokens)
+    assert all(logprob <= 0 and others == 2 for logprob, others in tokens)
 
 
 @pytest.mark.parametrize(
@@ -240,11 +282,18 @@ def test_every_token_has_its_logprobs_the_first_included(site: Site, stream) -> 
         pytest.param({"model": "other"}, openai.NotFoundError, "`other` does not exist", id="model"),
         pytest.param({"max_tokens": 0}, openai.BadRequestError, "max_tokens must be", id="the gateway's"),
         pytest.param({"temperature": -1}, openai.BadRequestError, "temperature", id="the engine's"),
+        pytest.param(
+            {"user": "x" * BODY_LIMIT}, openai.APIStatusError, f"{BODY_LIMIT} bytes", id="oversized"
+        ),
     ],
 )
-def test_a_wrong_request_is_the_clients_own_exception(site: Site, fields, error, words) -> None:
+@both_routes
+@whole_and_streamed
+def test_a_wrong_request_is_the_clients_own_exception(
+    site: Site, route, stream, fields, error, words
+) -> None:
     with pytest.raises(error, match=words):
-        site.client.chat.completions.create(**(CHAT | {"max_tokens": 4} | fields))
+        route.create(site.client, **({"max_tokens": 4, "stream": stream} | fields))
 
 
 def test_a_wrong_key_is_the_clients_own_exception(site: Site) -> None:
@@ -270,10 +319,19 @@ def test_a_useless_body_is_refused_in_one_line(site: Site, body, status, words) 
 
 def test_a_cancelled_stream_frees_the_request_on_the_engine(slow_site: Site) -> None:
     decode = slow_site.engine("decode")
-    stream = slow_site.client.chat.completions.create(**CHAT, max_tokens=3000, stream=True)
-    next(iter(stream))
-    until(lambda: decode.metric("vllm:num_requests_running") == 1, "the request runs")
-    stream.close()
+    for route in (Chat(), Completions()):
+        stream = route.create(slow_site.client, **ENDLESS, stream=True)
+        next(iter(stream))
+        until(lambda: decode.metric("vllm:num_requests_running") == 1, "the request runs")
+        stream.close()
+        until(lambda: decode.metric("vllm:num_requests_running") == 0, "it is given up", within_s=10)
+    assert decode.metric("vllm:generation_tokens_total") < 3000
+
+
+def test_a_client_that_will_not_wait_frees_the_request_on_the_engine(slow_site: Site) -> None:
+    decode = slow_site.engine("decode")
+    with pytest.raises(openai.APITimeoutError):
+        slow_site.client.with_options(timeout=1).chat.completions.create(**CHAT, **ENDLESS)
     until(lambda: decode.metric("vllm:num_requests_running") == 0, "the request is given up", within_s=10)
     assert decode.metric("vllm:generation_tokens_total") < 3000
 
