@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from broadbeam_crds.testing import pool, serving_cluster
 from broadbeam_crds.v1alpha1 import to_yaml
 from broadbeam_operator import main
-from broadbeam_operator.cli import app
+from broadbeam_operator.commands import app
 from broadbeam_operator.images import Images
 from broadbeam_operator.manifests import manifests
 

@@ -24,8 +24,8 @@ from broadbeam_crds.testing import pool, serving_cluster
 from broadbeam_crds.v1alpha1 import ServingCluster, load_manifest
 from broadbeam_operator import names
 from broadbeam_operator.accept import refusals
-from broadbeam_operator.cli import to_yaml
 from broadbeam_operator.cluster import CHILD_KINDS, Object, kind_of
+from broadbeam_operator.commands import to_yaml
 from broadbeam_operator.images import Images
 from broadbeam_operator.manifests import manifests, pool_revision
 

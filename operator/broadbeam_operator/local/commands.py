@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import sys
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -20,7 +18,8 @@ from broadbeam_crds.v1alpha1 import ManifestError, ServingCluster, load_manifest
 from broadbeam_operator.accept import refusals
 from broadbeam_operator.local.addresses import AddressError
 from broadbeam_operator.local.demo import Question, demo
-from broadbeam_operator.local.preflight import look, obstacles
+from broadbeam_operator.local.preflight import host_bytes, look, obstacles
+from broadbeam_operator.local.reload import ManifestFile, RefusedError
 from broadbeam_operator.local.session import PortInUseError, Session, Settings, open_session
 from broadbeam_operator.local.up import EXIT_FAILED, CannotServeError, Interrupt, interrupts, up
 from broadbeam_operator.local.view import Clock, LineView, LiveView, View
@@ -50,6 +49,7 @@ class Invocation:
     """What both commands were told."""
 
     cluster: ServingCluster
+    file: ManifestFile
     settings: Settings
     timeout_s: float
     key: str | None  # an API key, where the gateway asks for one
@@ -75,7 +75,6 @@ def run_up(
     The operator's own planning code works against a store in memory; pods run as local processes, each with
     an address of its own in 127.77.0.0/16, and the gateway listens on 127.0.0.1.
     """
-    _exit_on_early_interrupt()
     told = _invocation(file, port, timeout, secret, cache)
     console = Console()
     clock, meta = Clock(), told.cluster.metadata
@@ -86,7 +85,7 @@ def run_up(
         view: View = LiveView(console, clock, title, session.url) if live else LineView(console, clock)
         view.say(f"starting {title}; logs in {session.folder}")
         try:
-            return await up(session, view, interrupt, told.timeout_s, told.key)
+            return await up(session, view, interrupt, told.timeout_s, told.key, told.file)
         finally:
             view.close()
 
@@ -107,7 +106,6 @@ def run_demo(
     Exit status 0 only if the prompt was computed by a prefill rank and every token of it was moved to the
     decode rank by KV transfer.
     """
-    _exit_on_early_interrupt()
     told = _with_route_headers(_invocation(file, port, timeout, secret, cache))
     console = Console()
     clock = Clock()
@@ -155,23 +153,41 @@ def _invocation(
     file: Path, port: int | None, timeout_s: float, secrets: list[str] | None, cache: Path | None
 ) -> Invocation:
     """Everything checked that can be before a process starts; exits with one line for each mistake."""
-    try:
-        cluster = load_manifest(file)
-    except ManifestError as error:
-        _refuse([str(error)])
-    if port is not None:
-        cluster = _on_port(cluster, port)
     folders = _secret_folders(secrets or [])
-    problems = refusals(cluster) or obstacles(cluster, look(), folders)
-    if problems:
-        _refuse([f"{file}: {problem}" for problem in problems], EXIT_FAILED)
+
+    def read(running: ServingCluster | None) -> ServingCluster:
+        return _manifest(file, port, folders, running)
+
+    watched = ManifestFile(file, read)
+    try:
+        cluster = read(None)
+    except RefusedError as error:
+        _refuse(error.lines, EXIT_USAGE if error.malformed else EXIT_FAILED)
     settings = Settings(
         cache=(cache or Path.home() / ".cache" / "broadbeam").absolute(),
         bin_dir=Path(sys.executable).parent,
         inherited=inherited_environment(os.environ),
         secrets=folders,
     )
-    return Invocation(cluster, settings, timeout_s, _first_key(cluster, folders))
+    return Invocation(cluster, watched, settings, timeout_s, _first_key(cluster, folders))
+
+
+def _manifest(
+    file: Path, port: int | None, secrets: Mapping[str, Path], running: ServingCluster | None
+) -> ServingCluster:
+    """What FILE says, if it can run here in the place of `running`; RefusedError otherwise."""
+    try:
+        cluster = load_manifest(file)
+    except ManifestError as error:
+        raise RefusedError([str(error)], malformed=True) from error
+    if port is not None:
+        cluster = _on_port(cluster, port)
+    machine = look()
+    if running is not None:
+        machine = replace(machine, available_bytes=machine.available_bytes + host_bytes(running))
+    if problems := refusals(cluster) or obstacles(cluster, machine, secrets):
+        raise RefusedError([f"{file}: {problem}" for problem in problems], malformed=False)
+    return cluster
 
 
 def inherited_environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -189,7 +205,7 @@ def _on_port(cluster: ServingCluster, port: int) -> ServingCluster:
 def _with_route_headers(told: Invocation) -> Invocation:
     """The demo must know which ranks answered, whatever the manifest says."""
     cluster = _with_gateway(told.cluster, route_headers=True)
-    return Invocation(cluster, told.settings, told.timeout_s, told.key)
+    return replace(told, cluster=cluster)
 
 
 def _with_gateway(cluster: ServingCluster, **fields: Any) -> ServingCluster:
@@ -217,16 +233,6 @@ def _first_key(cluster: ServingCluster, folders: Mapping[str, Path]) -> str | No
     if not keys:
         _refuse([f"--secret {auth.secret_ref.name}: no file of {folders[auth.secret_ref.name]} holds a key"])
     return keys[0]
-
-
-def _exit_on_early_interrupt() -> None:
-    """Ctrl-C before the event loop takes over: nothing is running yet."""
-
-    def leave(signum: int, frame: FrameType | None) -> NoReturn:
-        os._exit(128 + signum)
-
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, leave)
 
 
 def _refuse(problems: list[str], status: int = EXIT_USAGE) -> NoReturn:

@@ -111,11 +111,7 @@ def _ranks(pool: Pool) -> int:
 def _memory(cluster: ServingCluster, machine: ThisMachine) -> Iterator[str]:
     if cluster.spec.engine.name == "sim":
         return
-    found = capacities(cluster)
-    on_cpu = [
-        c for c, pool in zip(found, cluster.spec.pools, strict=True) if pool.accelerator.resource == "cpu"
-    ]
-    needed = sum(c.total_ranks * _rank_bytes(c) for c in on_cpu)
+    on_cpu, needed = _on_cpu(cluster), host_bytes(cluster)
     if needed > machine.available_bytes:
         each = ", ".join(f"{c.pool} {c.total_ranks} x {_rank_bytes(c) / GIB:.1f}" for c in on_cpu)
         yield (
@@ -123,6 +119,16 @@ def _memory(cluster: ServingCluster, machine: ThisMachine) -> Iterator[str]:
             f"{machine.available_bytes / GIB:.1f} GiB is available; "
             "lower spec.pools[].kvCache.memory, groups or parallelism.data"
         )
+
+
+def host_bytes(cluster: ServingCluster) -> int:
+    """What the ranks of CPU pools take of this machine's memory; little where they are simulated."""
+    return sum(c.total_ranks * _rank_bytes(c) for c in _on_cpu(cluster))
+
+
+def _on_cpu(cluster: ServingCluster) -> list[Capacity]:
+    pools = zip(capacities(cluster), cluster.spec.pools, strict=True)
+    return [c for c, pool in pools if pool.accelerator.resource == "cpu"]
 
 
 def _rank_bytes(c: Capacity) -> int:

@@ -28,6 +28,7 @@ from broadbeam_operator.local.pods import Node, PodProcess, PodRunner, open_runn
 from broadbeam_operator.local.progress import Progress, look_at
 from broadbeam_operator.local.run_folder import run_folder
 from broadbeam_operator.local.store import Store
+from broadbeam_operator.manifests.objects import namespace_of
 from broadbeam_operator.reconcile import Operator, reconcile
 
 LOCALHOST = "127.0.0.1"
@@ -103,7 +104,7 @@ class Session:
 
     @property
     def namespace(self) -> str:
-        return self.cluster.metadata.namespace or "default"
+        return namespace_of(self.cluster)
 
     async def progress(self) -> Progress:
         for task in self.background:
@@ -113,6 +114,11 @@ class Session:
 
     def pod(self, name: str) -> PodProcess | None:
         return next((pod for pod in self.node.pods.values() if pod.name == name), None)
+
+    async def change(self, cluster: ServingCluster) -> None:
+        """From now on this is what is wanted; of the same name, and with the same gateway."""
+        self.cluster = cluster
+        await _put(self.store, cluster)
 
     async def stop(self, grace_s: float) -> None:
         """End every pod, and make no new ones; a second call with less grace shortens the first."""
@@ -129,7 +135,7 @@ async def open_session(cluster: ServingCluster, settings: Settings) -> AsyncIter
     """
     port = cluster.spec.gateway.listeners[0].port
     localhost = localhost_is_free(port)
-    namespace = cluster.metadata.namespace or "default"
+    namespace = namespace_of(cluster)
     runs = settings.cache / "run"
     with reserved_range(runs / "addresses") as addresses, run_folder(runs, cluster.metadata.name) as folder:
         hosts, endpoints = folder / "hosts", folder / "endpoints.json"
@@ -143,7 +149,8 @@ async def open_session(cluster: ServingCluster, settings: Settings) -> AsyncIter
             node = LocalNode(store, runner, placement.place, placement.release, hosts, endpoints)
             url = f"http://{placement.gateway_address}:{port}"
             session = Session(cluster, folder, store, node, runner, http, url)
-            await _fill(store, cluster, namespace, settings.secrets)
+            _fill(store, namespace, settings.secrets)
+            await _put(store, cluster)
             operator = Operator(store, KVWatch(HttpMeter(http)), endpoints=FileEndpoints(path=str(endpoints)))
             session.background = [
                 asyncio.create_task(node.run(), name="node"),
@@ -172,15 +179,19 @@ def localhost_is_free(port: int, is_free: Callable[[str, int], bool] = port_is_f
     return is_free(LOCALHOST, GATEWAY_METRICS_PORT)
 
 
-async def _fill(store: Store, cluster: ServingCluster, namespace: str, secrets: Mapping[str, Path]) -> None:
+def _fill(store: Store, namespace: str, secrets: Mapping[str, Path]) -> None:
     for name, folder in secrets.items():
         files = [path for path in sorted(folder.iterdir()) if path.is_file()]
         data = {path.name: base64.b64encode(path.read_bytes()).decode() for path in files}
         secret = {"apiVersion": "v1", "kind": "Secret", "type": "Opaque", "data": data}
         store.create({**secret, "metadata": {"name": name, "namespace": namespace}})
+
+
+async def _put(store: Store, cluster: ServingCluster) -> None:
+    """As `kubectl apply` does."""
     wire = cluster.wire()
     wire.pop("status", None)
-    meta = {**wire["metadata"], "namespace": namespace}
+    meta = {**wire["metadata"], "namespace": namespace_of(cluster)}
     await store.apply({**wire, "metadata": meta})
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from broadbeam_operator.local.pods import PodProcess
 from broadbeam_operator.local.progress import Progress
+from broadbeam_operator.local.reload import ManifestFile
 from broadbeam_operator.local.session import Session
 from broadbeam_operator.local.view import View
 
@@ -95,10 +96,11 @@ class Watch:
             await pause(interrupt, POLL_S)
         return False
 
-    async def until_interrupted(self, interrupt: Interrupt) -> None:
-        """Show what happens for as long as the cluster is wanted."""
+    async def until_interrupted(self, interrupt: Interrupt, file: ManifestFile) -> None:
+        """Show what happens for as long as the cluster is wanted, as its manifest says by then."""
         available = True
         while not interrupt.asked.is_set():
+            await file.look(self.session, self.view)
             now = await self.look()
             if now.available != available:
                 available = now.available
@@ -155,15 +157,22 @@ async def stop(session: Session, interrupt: Interrupt, view: View) -> None:
     await stopping
 
 
-async def up(session: Session, view: View, interrupt: Interrupt, timeout_s: float, key: str | None) -> int:
+async def up(
+    session: Session,
+    view: View,
+    interrupt: Interrupt,
+    timeout_s: float,
+    key: str | None,
+    file: ManifestFile,
+) -> int:
     """Until interrupted; the exit status. CannotServeError when the cluster does not become Available."""
     watch = Watch(session, view)
     available = await watch.until_available(interrupt, timeout_s)
     if available:
         view.say(f"available at {session.url}")
         view.plain(curl(session.url, session.cluster.spec.model.name, key))
-        view.say("Ctrl-C stops it")
-        await watch.until_interrupted(interrupt)
+        view.say(f"Ctrl-C stops it; a change of {file.path} is applied")
+        await watch.until_interrupted(interrupt, file)
     await stop(session, interrupt, view)
     return EXIT_OK if available else interrupt.exit_code
 
