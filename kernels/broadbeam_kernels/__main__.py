@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .bench import matrix, memory, packed, report
+from .bench import matrix, memory, packed, portable, report
 from .bench.case import Case, Row, measure_ceilings, time_case, versions
 from .testing import Timer
 
@@ -27,6 +27,10 @@ GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "grouped_gemm": matrix.grouped_bf16,
     "fp4_gemm": packed.plain,
     "grouped_fp4_gemm": packed.grouped,
+    "masked_gemm": portable.masked_bf16,
+    "masked_fp4_gemm": portable.masked_fp4,
+    "scaled_gemm": portable.block_scaled,
+    "portable_gemm": portable.portable_fp8,
 }
 
 

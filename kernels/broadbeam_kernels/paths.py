@@ -23,6 +23,7 @@ MatrixPath = Literal["hopper", "portable"]
 HOPPER = (9, 0)
 FIRST_FP8 = (8, 9)  # below, tensor cores do not multiply e4m3: codes become fp16 in registers
 BLOCK_SCALED = (10, 12)  # major versions whose tensor cores apply the block scales themselves
+ASYNCHRONOUS = (9, 10)
 
 _forced: ContextVar[MatrixPath | None] = ContextVar("forced matrix path", default=None)
 
@@ -62,6 +63,11 @@ def multiplies_fp8(device: torch.device) -> bool:
 def multiplies_block_scaled(device: torch.device) -> bool:
     """Whether the tensor cores of `device` multiply FP4 and apply block scales."""
     return _capability(_index(device))[0] in BLOCK_SCALED
+
+
+def multiplies_asynchronously(device: torch.device) -> bool:
+    """Whether matrix instructions of `device` read shared memory on their own time (wgmma, tcgen05)."""
+    return _capability(_index(device))[0] in ASYNCHRONOUS
 
 
 @contextmanager

@@ -1,9 +1,12 @@
 """The matrix product of every GPU that is not a Hopper: D = A @ B.T in plain Triton, FP8, bf16 or fp16.
 
-One body for dense, contiguous grouped and masked grouped products. Weights take the tensor core's row side
-and tokens its column side, so that one body serves one token as well as thousands: the column side may be as
-narrow as 16. Rows outside an operand are read from its last row and not written, so that no load in the loop
-needs a mask; only a K that the step does not divide has one.
+One body for dense, contiguous grouped and masked grouped products. With few tokens weights take the tensor
+core's row side and tokens its column side, which may be as narrow as 16, so that one token wastes nothing.
+With 128 tokens to a tile they change sides: a thread of sm_100 holds one row, and were that a weight's it
+would hold the scales of all tokens (255 registers and 344 bytes spilled, against 168).
+
+Rows outside an operand are read from its last row and not written, so that no load in the loop needs a mask;
+only a K that the step does not divide has one.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -115,7 +118,8 @@ def _gemm_kernel(
         b_row = tl.minimum(channel, n - 1) - column
         b = b_ptr + (expert.to(tl.int64) * n + column) * k + (b_row[:, None] * k + inner[None, :])
         steps = tl.cdiv(k, BK)
-        acc = tl.zeros((BN, BM), tl.float32)
+        TOKENS_LEFT: tl.constexpr = BM >= 128
+        acc = tl.zeros((BM, BN) if TOKENS_LEFT else (BN, BM), tl.float32)
         if SCALED:
             if GROUPING == "masked":
                 a_scale_ptr += expert.to(tl.int64) * a_scale_expert
@@ -132,24 +136,31 @@ def _gemm_kernel(
             if AS_HALF:
                 x = e4m3_as_half(x)
                 w = e4m3_as_half(w)
+            left, right = (x, w.T) if TOKENS_LEFT else (w, x.T)
             if SCALED:
                 scale = tl.load(a_scale + step * a_scale_step) * tl.load(b_scale + step)
-                acc += tl.dot(w, x.T) * scale[None, :]
+                acc += tl.dot(left, right) * (scale[:, None] if TOKENS_LEFT else scale[None, :])
             else:
-                acc = tl.dot(w, x.T, acc)
+                acc = tl.dot(left, right, acc)
             a += BK
             b += BK
         if AS_HALF:
             acc *= 65536.0
-        place = (token - first)[None, :] * out_row + (channel - column)[:, None]
-        at = out_ptr + (first.to(tl.int64) * out_row + column) + place
-        tl.store(at, acc.to(out_ptr.dtype.element_ty), mask=(token < end)[None, :] & (channel < n)[:, None])
+        at = out_ptr + (first.to(tl.int64) * out_row + column)
+        value = acc.to(out_ptr.dtype.element_ty)
+        if TOKENS_LEFT:
+            place = (token - first)[:, None] * out_row + (channel - column)[None, :]
+            tl.store(at + place, value, mask=(token < end)[:, None] & (channel < n)[None, :])
+        else:
+            place = (token - first)[None, :] * out_row + (channel - column)[:, None]
+            tl.store(at + place, value, mask=(token < end)[None, :] & (channel < n)[:, None])
 
 
 def depth(wanted: int, bytes_per_stage: int, device: torch.device) -> int:
     """The table's pipeline depth, or as much of it as the device's shared memory holds."""
     fit = (paths.shared_memory(device) - RESERVED) // bytes_per_stage
-    return max(1, min(wanted, fit))
+    # A product that waits for itself has read its stage before the next load begins: one fewer is held.
+    return max(1, min(wanted, fit + (not paths.multiplies_asynchronously(device))))
 
 
 def tile_count(rows: int, n: int, bm: int, bn: int, experts: int, slots: int) -> int:
