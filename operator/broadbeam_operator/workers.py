@@ -14,6 +14,8 @@ from broadbeam_operator.reconcile import Operator, reconcile
 
 log = logging.getLogger(__name__)
 
+MOST_DOUBLINGS = 32  # of the time between retries: beyond any limit, and within a float
+
 Key = tuple[str, str]  # namespace, name
 
 
@@ -23,7 +25,7 @@ class Pace:
 
     resync_s: float = 30.0  # a pass without an event: what no watch shows, and lost events
     spacing_s: float = 0.1  # between two passes of one cluster; a burst of events makes one pass
-    retry_s: float = 1.0  # after an error, doubling
+    retry_s: float = 1.0  # after an error, doubling; with an event, this
     retry_limit_s: float = 60.0
 
 
@@ -70,12 +72,14 @@ class Workers:
             del self._tasks[key], self._wakes[key]
 
     async def _rest(self, wake: asyncio.Event, failures: int) -> None:
+        """Until the next pass is due; an event brings it forward, but never without a pause."""
+        pause_s, due_s = self.pace.spacing_s, self.pace.resync_s
         if failures:
-            await asyncio.sleep(min(self.pace.retry_s * 2 ** (failures - 1), self.pace.retry_limit_s))
-            return
-        await asyncio.sleep(self.pace.spacing_s)
+            doubled = 2.0 ** min(failures - 1, MOST_DOUBLINGS)
+            pause_s, due_s = self.pace.retry_s, min(self.pace.retry_s * doubled, self.pace.retry_limit_s)
+        await asyncio.sleep(pause_s)
         with suppress(TimeoutError):
-            await asyncio.wait_for(wake.wait(), self.pace.resync_s)
+            await asyncio.wait_for(wake.wait(), due_s - pause_s)
 
     async def _pass(self, key: Key) -> Outcome:
         begun = time.perf_counter()

@@ -82,3 +82,13 @@ async def test_a_failed_pass_is_tried_again(world, workers, fault, monkeypatch):
     monkeypatch.setattr(world.store, "list", fails_twice)
     workers.wake("default", "demo")
     await until(lambda: world.names(STATEFUL_SET) == ["demo-both-0"])
+
+
+async def test_after_many_failures_an_event_still_brings_a_pass(world):
+    workers = Workers(world.operator, Pace(retry_s=0.01, retry_limit_s=3600))
+    wake = asyncio.Event()
+    resting = asyncio.create_task(workers._rest(wake, failures=5000))
+    done, _ = await asyncio.wait([resting], timeout=0.1)
+    assert not done
+    wake.set()
+    await asyncio.wait_for(resting, 10)
