@@ -80,24 +80,25 @@ def _e2m1_magnitude_bits(x):
 
 
 def _pack_eight() -> str:
-    """PTX for `_e2m1_magnitude_bits` and packing: eight bf16 ($1..$4, in pairs) times $5 -> $0, eight codes.
+    """PTX for `_e2m1_magnitude_bits` and packing: eight bf16, in pairs $1..$4 -> $0, eight codes.
 
-    Magnitudes are first cut to $9 (truncated to bf16), which stands for the cut at code 7. 11 instructions a
-    value against 20: a pair is compared at once, and multiply-adds, which leave the integer pipe alone, bring
-    the codes together.
+    Pair n is multiplied by $(5 + n), its magnitudes first cut to $(9 + n) (truncated to bf16), which stands
+    for the cut at code 7. 11 instructions a value against 20: a pair is compared at once, and multiply-adds,
+    which leave the integer pipe alone, bring the codes together.
     """
     lines = [
         "{ .reg .b32 limit, pair, bits, even, odd, first, second, sum, code<8>;",
         ".reg .f32 x, a, b, c;",
     ]
-    lines.append("prmt.b32 limit, $9, $9, 0x3232;")
     for code in range(8):
+        n = code // 2
         if code % 2 == 0:
-            lines.append(f"and.b32 pair, ${code // 2 + 1}, 0x7FFF7FFF;")
+            lines.append(f"prmt.b32 limit, ${9 + n}, ${9 + n}, 0x3232;")
+            lines.append(f"and.b32 pair, ${1 + n}, 0x7FFF7FFF;")
             lines.append("min.bf16x2 pair, pair, limit;")
         lines.append("and.b32 bits, pair, 0xFFFF0000;" if code % 2 else "shl.b32 bits, pair, 16;")
         lines.append("mov.b32 x, bits;")
-        lines.append("mul.rn.f32 x, x, $5;")
+        lines.append(f"mul.rn.f32 x, x, ${5 + n};")
         lines.append(f"fma.rn.f32 a, x, 0f40000000, 0f{_ROUND_BITS:X};")
         lines.append(f"add.rn.f32 b, x, 0f{_ROUND_BITS + 2:X};")
         lines.append(f"fma.rn.f32 c, x, 0f3F000000, 0f{_ROUND_BITS + 4:X};")
