@@ -4,7 +4,8 @@ Run by `test_interpreted.py` in a process of its own: TRITON_INTERPRET=1 must be
 Triton. The interpreter cannot run PTX, in whose place kernels then take the plain form of the same arithmetic
 (see `codes`). So addresses, masks, layouts and formulas are checked here; the PTX forms (FP4 codes and maxima
 of bf16, reciprocals, the saturating e4m3 cast, pairs of 16-bit results, the FP8 division) are checked on GPUs
-by `test_quantize_gpu.py` and `test_fused_gpu.py`. Matrix products (Gluon, CUDA) are beyond the interpreter.
+by `test_quantize_gpu.py` and `test_fused_gpu.py`, the first also by `test_codes_ptx.py` without one. Matrix
+products in Gluon and CUDA are beyond the interpreter.
 """
 
 from __future__ import annotations
