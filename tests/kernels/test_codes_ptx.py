@@ -35,10 +35,9 @@ def permute(a: Bits, b: Bits, selector: Bits) -> Bits:
 
 def least_halves(a: Bits, b: Bits) -> Bits:
     """Minima of two positive bf16 each: they order as their bits do."""
-    mask = np.uint32(0xFFFF)
-    return np.minimum(a & mask, b & mask) | (
-        np.minimum(a >> np.uint32(16), b >> np.uint32(16)) << np.uint32(16)
-    )
+    low: Bits = np.minimum(a & np.uint32(0xFFFF), b & np.uint32(0xFFFF))
+    high: Bits = np.minimum(a >> np.uint32(16), b >> np.uint32(16))
+    return low | (high << np.uint32(16))
 
 
 def fused(a: Bits, b: Bits, c: Bits) -> Bits:
