@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -14,7 +14,7 @@ from broadbeam_crds.gateway_config import GatewayConfig
 from broadbeam_router import legs
 from broadbeam_router.auth import ApiKeys
 from broadbeam_router.call import Call, echoed_id, id_line, trace_lines
-from broadbeam_router.client import ClientConnection
+from broadbeam_router.client import Carrier, ClientConnection
 from broadbeam_router.errors import (
     SHAPES,
     Draining,
@@ -30,6 +30,7 @@ from broadbeam_router.forward import Forwarder
 from broadbeam_router.incoming import Request
 from broadbeam_router.metrics import CONTENT_TYPE, Metrics
 from broadbeam_router.openai import Fields, chat_fields, completion_fields
+from broadbeam_router.running import Ended
 
 log = logging.getLogger(__name__)
 
@@ -150,8 +151,8 @@ class Gateway:
             wants_prefill=self._disaggregated and bool(self.fleet.prefill) and fields.splits,
         )
 
-    def carry(self, work: Call) -> Coroutine[object, None, None]:
-        return self._forwarder.answer(work)
+    def carry(self, work: Call, ended: Ended) -> Carrier:
+        return self._forwarder.carry(work, ended)
 
     def ended(self, work: Call, error: BaseException | None) -> None:
         """Runs once for every admitted call, with what kept it from its answer."""
@@ -186,7 +187,7 @@ class MetricsPage:
                 client.respond_error(NotFound("GET /metrics, /health or /readyz"))
         return None
 
-    def carry(self, work: Call) -> Coroutine[object, None, None]:
+    def carry(self, work: Call, ended: Ended) -> Carrier:
         raise AssertionError("every page is answered at once")
 
     def ended(self, work: Call, error: BaseException | None) -> None:

@@ -38,6 +38,15 @@ class Call(msgspec.Struct, eq=False):
     def request_id(self) -> str:
         return self.id_line.decode()[len("X-Request-Id: ") : -2]
 
+    def route_lines(self) -> bytes:
+        """Header lines with the id and with which endpoints made the answer."""
+        lines = self.id_line + b"x-broadbeam-route: %b\r\n" % self.way.encode()
+        if self.prefill_name is not None:
+            lines += b"x-broadbeam-prefill: %b\r\n" % self.prefill_name.encode()
+        if self.decode_name is not None:
+            lines += b"x-broadbeam-decode: %b\r\n" % self.decode_name.encode()
+        return lines
+
 
 def id_line(head: Head) -> bytes:
     """The header line with the client's X-Request-Id, or a new one; InvalidRequest if it could not stand in

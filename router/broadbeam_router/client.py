@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, cast
 
@@ -24,7 +24,7 @@ from broadbeam_router.errors import (
     error_body,
 )
 from broadbeam_router.incoming import Request, RequestReader
-from broadbeam_router.running import Run
+from broadbeam_router.running import Ended
 
 LINGER_S = 2.0  # how long a refused client may go on sending before its connection is cut
 
@@ -43,15 +43,23 @@ class Work(Protocol):
     def id_line(self) -> bytes: ...
 
 
+class Carrier(Protocol):
+    """Does the work; `cancel` does nothing once that has ended."""
+
+    def start(self) -> None: ...
+    def cancel(self) -> None: ...
+
+
 W = TypeVar("W", bound=Work)
 
 
 class Handler(Protocol[W]):
-    """Serves requests: answers at once, or gives back the work that `carry` will do. After that `ended` runs
-    exactly once, however it went, with what it raised."""
+    """Serves requests: answers at once, or gives back work and then, by `carry`, what does it. That calls
+    its `ended` exactly once, however it went: with None, with what it raised, or with CancelledError; and
+    the connection then calls the handler's."""
 
     def handle(self, client: ClientConnection, request: Request) -> W | None: ...
-    def carry(self, work: W) -> Coroutine[object, None, None]: ...
+    def carry(self, work: W, ended: Ended) -> Carrier: ...
     def ended(self, work: W, error: BaseException | None) -> None: ...
 
 
@@ -75,8 +83,8 @@ class Server:
 
 class ClientConnection(asyncio.Protocol):
     __slots__ = (
-        "_chunked", "_keep_alive", "_paused", "_queue", "_reader", "_refused", "_request", "_run", "_server",
-        "_source", "_stream_head", "_transport", "_unread", "_work", "deadline",
+        "_carrier", "_chunked", "_keep_alive", "_paused", "_queue", "_reader", "_refused", "_request",
+        "_server", "_source", "_stream_head", "_transport", "_unread", "_work", "deadline",
     )  # fmt: skip
 
     def __init__(self, server: Server) -> None:
@@ -85,7 +93,7 @@ class ClientConnection(asyncio.Protocol):
         self._queue: deque[Request | RequestError] = deque()
         self._request: Request | None = None  # being served
         self._work: Work | None = None
-        self._run: Run | None = None
+        self._carrier: Carrier | None = None
         self._source: Source | None = None
         self._stream_head: bytes | None = None  # of a started stream, until its first part is written
         self._chunked = True
@@ -110,8 +118,8 @@ class ClientConnection(asyncio.Protocol):
         self._server.deadlines.discard(self)
         self._refused = True
         self._queue.clear()
-        if self._run is not None:
-            self._run.cancel()
+        if self._carrier is not None:
+            self._carrier.cancel()
 
     def expire(self) -> None:
         """Too long silent: half a request gets 408, an idle or stalled connection is cut."""
@@ -165,8 +173,8 @@ class ClientConnection(asyncio.Protocol):
         handler = self._server.handler
         work = self._work = handler.handle(self, request)
         if work is not None:
-            run = self._run = Run(handler.carry(work), self._served)
-            run.step()
+            carrier = self._carrier = handler.carry(work, self._served)
+            carrier.start()
 
     def _served(self, error: BaseException | None) -> None:
         """The work came to its end, in the same breath as its answer: the next cannot have begun."""
@@ -187,7 +195,7 @@ class ClientConnection(asyncio.Protocol):
 
     def _finish(self) -> None:
         """The answer is written: take up what waits, or close."""
-        self._request = self._run = self._source = self._stream_head = None
+        self._request = self._carrier = self._source = self._stream_head = None
         server = self._server
         if not self._keep_alive or server.draining:
             self._transport.close()

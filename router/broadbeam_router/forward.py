@@ -11,6 +11,7 @@ nothing of the answer:
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 
@@ -18,62 +19,19 @@ import msgspec
 
 from broadbeam_crds.gateway_config import TimeoutsConfig
 from broadbeam_router import legs
+from broadbeam_router.attempts import BUSY, Attempts, Blocks
 from broadbeam_router.call import Call
-from broadbeam_router.errors import EngineFailed, EngineTimeout, NoEndpoint, StreamBroken
+from broadbeam_router.errors import StreamBroken
 from broadbeam_router.events import EventRelay
 from broadbeam_router.fleet import Fleet, Leg, Member
 from broadbeam_router.metrics import Metrics
+from broadbeam_router.running import Ended, Run, Signal
 from broadbeam_router.upstream import Answer, UpstreamConnection, UpstreamFailed
 
 log = logging.getLogger(__name__)
 
-BUSY = (408, 429)  # another endpoint may have room
 HEAD = b"POST %b HTTP/1.1\r\nHost: %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%b%b\r\n"
-MAX_PARAMS_USES = 2  # decode endpoints that get the same kv_transfer_params
-
-
-class Blocks(msgspec.Struct, eq=False):
-    """KV blocks that a prefill rank holds for a call."""
-
-    params: bytes
-    family: str
-    uses: int = 0  # by decode endpoints that failed
-
-    @property
-    def gone(self) -> bool:
-        """Whether they must be taken as gone."""
-        return self.uses >= MAX_PARAMS_USES
-
-
-class Attempts(msgspec.Struct, eq=False):
-    """What one leg has tried so far."""
-
-    left: int
-    tried: list[Member] = []  # not to be picked again
-    excused: list[Member] = []  # of these, the ones that may only have found the blocks gone
-    forgiven: list[Member] = []  # were tried and may be again
-    error: UpstreamFailed | None = None
-    answer: Answer | None = None  # the last one that another endpoint might not have given
-
-    def begin(self, member: Member) -> None:
-        self.left -= 1
-        self.tried.append(member)
-
-    def take_back(self) -> None:
-        """The last one begun does not count."""
-        self.left += 1
-        self.tried.pop()
-
-    def forgive(self) -> bool:
-        """Excused engines are alive, and may use fresh blocks or none. False if there are none of them."""
-        self.tried = [member for member in self.tried if member not in self.excused]
-        self.forgiven += self.excused
-        anew = bool(self.excused)
-        self.excused.clear()
-        return anew
-
-    def names(self) -> str:
-        return ", ".join(member.name for member in (*self.forgiven, *self.tried))
+Begun = tuple[UpstreamConnection, Signal]  # an exchange
 
 
 class Forwarder:
@@ -82,12 +40,22 @@ class Forwarder:
     ) -> None:
         self._fleet = fleet
         self._metrics = metrics
-        self._timeouts = timeouts
+        self.timeouts = timeouts
         self._retries = retries
         self._route_headers = route_headers
 
-    async def answer(self, call: Call) -> None:
-        """Answer `call`'s client; raises RequestError when no engine could."""
+    def carry(self, call: Call, ended: Ended) -> Run | Direct:
+        """What answers `call`'s client, to be started."""
+        member = None if call.wants_prefill else self._fleet.pick_decode([])
+        connection = member.pool.take() if member is not None else None
+        if member is None or connection is None:
+            return Run(self.answer(call, member), ended)
+        return Direct(self, call, ended, member, connection)
+
+    async def answer(self, call: Call, member: Member | None = None, begun: Begun | None = None) -> None:
+        """Answer `call`'s client; `member` has been picked already and `begun` is an exchange with it.
+
+        Raises RequestError when no engine could."""
         blocks: Blocks | None = None
         attempts = Attempts(1 + self._retries)
         while attempts.left > 0:
@@ -97,15 +65,20 @@ class Forwarder:
                     self._respond(call, result)
                     return
                 blocks = result
-            member = self._fleet.pick_decode(attempts.tried, blocks.family if blocks is not None else None)
+            if member is None:
+                family = blocks.family if blocks is not None else None
+                member = self._fleet.pick_decode(attempts.tried, family)
             if member is None:
                 if not attempts.forgive():
                     break
                 if blocks is not None and blocks.uses:
                     blocks = None
-            elif await self._decode(call, member, blocks, attempts):
+            elif await self._decode(call, member, blocks, attempts, begun):
                 return
-        self._give_up(call, attempts)
+            member = begun = None
+        if attempts.busy is None:
+            raise attempts.failure()
+        self._respond(call, attempts.busy)
 
     # -- the prefill leg ------------------------------------------------------------------------------
 
@@ -124,8 +97,8 @@ class Forwarder:
                 break
             call.way, call.prefill_name = "disaggregated", member.name
             return Blocks(params, member.family)
-        if attempts.answer is not None and attempts.answer.status in BUSY:
-            return attempts.answer
+        if attempts.busy is not None:
+            return attempts.busy
         self._metrics.legs["prefill", "fallback"] += 1
         log.warning("request %s: no prefill, the decode engine computes the prompt", call.request_id)
         call.way, call.prefill_name, call.wants_prefill = "fallback", None, False
@@ -138,9 +111,8 @@ class Forwarder:
         member.in_flight += 1
         member.prefill_in_flight += 1
         try:
-            connection = member.pool.take() or await member.pool.connect(self._timeouts.connect_s)
-            head = _head(call, member, body)
-            await connection.send(head, body, self._timeouts.prefill_s, self._timeouts.idle_s)
+            connection = member.pool.take() or await member.pool.connect(self.timeouts.connect_s)
+            await self.ask(call, member, connection, body, self.timeouts.prefill_s)
             answer = connection.answer
         except UpstreamFailed as error:
             self._failed(call, member, "prefill", error, attempts)
@@ -160,17 +132,22 @@ class Forwarder:
 
     # -- the decode leg -------------------------------------------------------------------------------
 
-    async def _decode(self, call: Call, member: Member, blocks: Blocks | None, attempts: Attempts) -> bool:
+    async def _decode(
+        self, call: Call, member: Member, blocks: Blocks | None, attempts: Attempts, begun: Begun | None
+    ) -> bool:
         """Whether the client has its answer; False if another endpoint should be tried."""
         attempts.begin(member)
         call.decode_name = member.name
-        body = call.body if blocks is None else legs.decode_body(call.body, blocks.params)
         connection: UpstreamConnection | None = None
         member.in_flight += 1
         try:
-            connection = member.pool.take() or await member.pool.connect(self._timeouts.connect_s)
-            head = _head(call, member, body)
-            await connection.send(head, body, self._timeouts.first_byte_s, self._timeouts.idle_s)
+            if begun is not None:
+                connection, signal = begun
+            else:
+                connection = member.pool.take() or await member.pool.connect(self.timeouts.connect_s)
+                body = call.body if blocks is None else legs.decode_body(call.body, blocks.params)
+                signal = self.ask(call, member, connection, body, self.timeouts.first_byte_s)
+            await signal
             answer = connection.answer
             if answer.streaming:
                 return await self._stream(call, member, connection, attempts)
@@ -191,9 +168,7 @@ class Forwarder:
                 attempts.excused.append(member)
                 blocks.uses += 1
             return False
-        self._fleet.succeeded(member)
-        self._metrics.legs["decode", "ok" if status < 400 else "refused"] += 1
-        self._respond(call, answer)
+        self.succeed(call, member, answer)
         return True
 
     async def _stream(
@@ -221,6 +196,18 @@ class Forwarder:
 
     # -- both -----------------------------------------------------------------------------------------
 
+    def ask(
+        self, call: Call, member: Member, connection: UpstreamConnection, body: bytes, first_byte_s: float
+    ) -> Signal:
+        head = HEAD % (call.path, member.host_header, len(body), call.id_line, call.trace_lines)
+        return connection.send(head, body, first_byte_s, self.timeouts.idle_s)
+
+    def succeed(self, call: Call, member: Member, answer: Answer) -> None:
+        """A decode endpoint's whole answer is the client's."""
+        self._fleet.succeeded(member)
+        self._metrics.legs["decode", "ok" if answer.status < 400 else "refused"] += 1
+        self._respond(call, answer)
+
     def _failed(
         self, call: Call, member: Member, leg: Leg, error: UpstreamFailed, attempts: Attempts
     ) -> None:
@@ -242,39 +229,66 @@ class Forwarder:
         log.warning("request %s: %s leg on %s: status %d", call.request_id, leg, member.name, answer.status)
         return False
 
-    def _give_up(self, call: Call, attempts: Attempts) -> None:
-        answer, error = attempts.answer, attempts.error
-        if answer is not None and answer.status in BUSY:
-            self._respond(call, answer)
-            return
-        names = attempts.names()
-        if answer is not None:
-            raise EngineFailed(f"no engine could answer (tried {names}; the last said {answer.status})")
-        if error is not None:
-            kind = EngineTimeout if error.kind == "timeout" else EngineFailed
-            raise kind(f"no engine could answer (tried {names}; the last: {error})")
-        raise NoEndpoint("no decode engine is ready")
-
     def _respond(self, call: Call, answer: Answer) -> None:
-        headers = self._headers(call) if self._route_headers else call.id_line
+        headers = self._headers(call)
         if answer.retry_after is not None:
             headers += b"Retry-After: %b\r\n" % answer.retry_after
         call.status = answer.status
         call.client.respond(answer.status, answer.body, answer.content_type, headers)
 
     def _headers(self, call: Call) -> bytes:
-        if not self._route_headers:
-            return call.id_line
-        lines = call.id_line + b"x-broadbeam-route: %b\r\n" % call.way.encode()
-        if call.prefill_name is not None:
-            lines += b"x-broadbeam-prefill: %b\r\n" % call.prefill_name.encode()
-        if call.decode_name is not None:
-            lines += b"x-broadbeam-decode: %b\r\n" % call.decode_name.encode()
-        return lines
+        return call.route_lines() if self._route_headers else call.id_line
 
 
-def _head(call: Call, member: Member, body: bytes) -> bytes:
-    return HEAD % (call.path, member.host_header, len(body), call.id_line, call.trace_lines)
+class Direct(msgspec.Struct, eq=False):
+    """The first attempt of a call with one leg, on a kept connection: nearly every call, and so by callback,
+    where a coroutine costs a tenth more. All but a good whole answer goes on in one."""
+
+    forwarder: Forwarder
+    call: Call
+    ended: Ended
+    member: Member
+    connection: UpstreamConnection
+    signal: Signal | None = None
+    rest: Run | None = None  # of the call, once it goes on in a coroutine
+
+    def start(self) -> None:
+        call, member, forwarder = self.call, self.member, self.forwarder
+        call.decode_name = member.name
+        member.in_flight += 1
+        first_byte_s = forwarder.timeouts.first_byte_s
+        signal = self.signal = forwarder.ask(call, member, self.connection, call.body, first_byte_s)
+        if signal.is_set:
+            self._go_on()
+        else:
+            signal.resume = self._go_on
+
+    def cancel(self) -> None:
+        """Tell `ended` of it; nothing if that has been told already."""
+        if self.rest is not None:
+            self.rest.cancel()
+        elif self.signal is not None and not self.signal.is_set:
+            self.signal.resume = None
+            self.member.in_flight -= 1
+            self.connection.release()
+            self.ended(asyncio.CancelledError())
+
+    def _go_on(self) -> None:
+        """The answer has come or has begun, or the attempt has failed."""
+        member, signal, answer = self.member, self.signal, self.connection.answer
+        assert signal is not None
+        member.in_flight -= 1
+        if signal.error is not None or answer.streaming or answer.status >= 400:
+            self.rest = Run(self.forwarder.answer(self.call, member, (self.connection, signal)), self.ended)
+            self.rest.start()
+            return
+        self.connection.release()
+        try:
+            self.forwarder.succeed(self.call, member, answer)
+        except Exception as error:  # the outermost frame of a request
+            self.ended(error)
+        else:
+            self.ended(None)
 
 
 def _params(answer: Answer, member: Member) -> bytes | None:

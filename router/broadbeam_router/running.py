@@ -14,28 +14,31 @@ import msgspec
 
 
 class Signal(msgspec.Struct, eq=False):
-    """Something one coroutine waits for, once; it resumes within `set` or `fail`."""
+    """Something waited for once: by a coroutine, or by `resume`, which runs within `set` or `fail`."""
 
-    _set: bool = False
-    _error: Exception | None = None
+    is_set: bool = False
+    error: Exception | None = None
     resume: Callable[[], None] | None = None
 
     def set(self) -> None:
-        if not self._set:
-            self._set = True
+        if not self.is_set:
+            self.is_set = True
             if self.resume is not None:
                 self.resume()
 
     def fail(self, error: Exception) -> None:
-        if not self._set:
-            self._error = error
+        if not self.is_set:
+            self.error = error
             self.set()
 
     def __await__(self) -> Generator[object, None, None]:
-        if not self._set:
+        if not self.is_set:
             yield self
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
+
+
+Ended = Callable[[BaseException | None], None]
 
 
 class Run:
@@ -47,12 +50,13 @@ class Run:
 
     __slots__ = ("_coroutine", "_ended", "_waiting")
 
-    def __init__(
-        self, coroutine: Coroutine[object, None, None], ended: Callable[[BaseException | None], None]
-    ) -> None:
+    def __init__(self, coroutine: Coroutine[object, None, None], ended: Ended) -> None:
         self._coroutine = coroutine
         self._ended = ended
         self._waiting: object = None
+
+    def start(self) -> None:
+        self.step()
 
     def step(self, error: BaseException | None = None) -> None:
         """Run to the next wait; with `error`, by raising it where the coroutine waits."""

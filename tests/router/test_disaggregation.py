@@ -148,6 +148,30 @@ async def test_a_leg_that_fails_once_is_tried_on_another_endpoint(rig_of, failur
     assert all(len(rig[name].seen) == 1 for name in leg), "not the same endpoint twice"
 
 
+@pytest.mark.parametrize(
+    "failure",
+    [
+        pytest.param(Script(cut="half"), id="dies within its answer"),
+        pytest.param(Script(status=500), id="answers 500"),
+        pytest.param(Script(status=429), id="has no room"),
+        pytest.param(Script(delay_s=5), id="stays silent"),
+        pytest.param(Script(raw=b"SSH-2.0-OpenSSH_9.6\r\n"), id="is no HTTP server"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_a_failure_on_a_kept_connection_is_tried_on_another_endpoint(rig_of, failure, stream) -> None:
+    timeouts = QUICK if failure.delay_s else TimeoutsConfig()
+    rig = await rig_of({"d0": "decode", "d1": "decode"}, timeouts=timeouts, policy="round-robin")
+    for _ in range(4):
+        assert (await rig.chat()).status == 200
+    assert (rig["d0"].accepted, rig["d1"].accepted) == (1, 1)
+    both(rig, ("d0", "d1"), lambda: once(failure))
+    answer = await rig.chat(stream=stream)
+    assert answer.status == 200
+    assert b"Hel" in answer.body
+    assert (len(rig["d0"].seen), len(rig["d1"].seen)) == (3, 3)
+
+
 async def test_a_refused_connection_is_tried_elsewhere_and_left_out(rig_of) -> None:
     rig = await rig_of(TWO_PAIRS)
     await rig["p0"].stop()

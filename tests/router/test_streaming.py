@@ -120,6 +120,20 @@ async def test_a_client_that_leaves_frees_the_decode_engine(rig_of, stream) -> N
     assert await rig.metric("requests_total", route="chat", status="499") == 1
 
 
+async def test_a_client_that_leaves_frees_an_engine_on_a_kept_connection(rig_of) -> None:
+    rig = await rig_of({"d": "decode"})
+    assert (await rig.chat()).status == 200
+    rig["d"].script = lambda seen: Script(delay_s=60)
+    _, writer = await asyncio.open_connection("127.0.0.1", rig.port)
+    writer.write(ask(stream=False))
+    await until(lambda: rig["d"].running == 1)
+    writer.transport.abort()
+    await until(lambda: rig["d"].seen[1].ended == "aborted")
+    await rig.settled()
+    assert rig["d"].accepted == 1
+    assert await rig.metric("requests_total", route="chat", status="499") == 1
+
+
 async def test_a_client_that_leaves_during_prefill_frees_the_prefill_engine(rig_of) -> None:
     rig = await rig_of({"p": "prefill", "d": "decode"})
     rig["p"].script = lambda seen: Script(delay_s=60)
