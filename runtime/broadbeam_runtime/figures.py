@@ -29,6 +29,11 @@ class Figure:
     machine: str = ""
 
 
+def measuring(name: str) -> None:
+    """Progress, for a person: standard output has nothing but figures."""
+    print(f"measuring {name}", file=sys.stderr, flush=True)
+
+
 def report(figures: Iterable[Figure], write: bool, baselines: Path = BASELINES) -> int:
     """Print the figures; the number of bars that were missed."""
     known = {}

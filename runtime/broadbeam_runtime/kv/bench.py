@@ -27,7 +27,7 @@ from torch import Tensor
 
 from broadbeam_crds.conventions import SUPERVISOR_PORT
 from broadbeam_crds.engine_config import Connector, EngineConfig, KVTransferConfig, ModelConfig
-from broadbeam_runtime.figures import Figure, report
+from broadbeam_runtime.figures import Figure, measuring, report
 from broadbeam_runtime.kv import connectors
 from broadbeam_runtime.kv.connector import PoolLayout
 from broadbeam_runtime.kv.memory import host_memory
@@ -94,6 +94,7 @@ def _prefill(pipe: Connection, connector: Connector, load: Load) -> None:
 
 
 def _transfer(connector: Connector, load: Load) -> Figure:
+    measuring(f"KV transfer by {connector}: {load.name}")
     context = multiprocessing.get_context("spawn")
     pipe, theirs = context.Pipe()
     process = context.Process(target=_prefill, args=(theirs, connector, load), daemon=True)
@@ -139,6 +140,7 @@ def _pull(rank: _Rank, pipe: Connection, name: str) -> float:
 
 def _memory() -> Iterator[Figure]:
     """A simulated rank and its supervisor, after a few requests."""
+    measuring("memory of a simulated rank")
     config = {
         "engine": "sim",
         "role": "both",
@@ -202,7 +204,10 @@ def figures() -> Iterator[Figure]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure KV transfer beside a memory copy, and memory.")
+    parser = argparse.ArgumentParser(
+        "python -m broadbeam_runtime.kv.bench",
+        description="Measure KV transfer beside a memory copy, and memory.",
+    )
     parser.add_argument("--write", action="store_true", help="keep the figures in baselines.jsonl")
     sys.exit(report(figures(), parser.parse_args().write) > 0)
 
