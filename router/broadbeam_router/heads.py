@@ -11,6 +11,7 @@ import re
 
 import msgspec
 
+MAX_BYTES = 4096  # of a head that is kept, for as long as its connection
 MAX_DIGITS = 18  # of a Content-Length; a longer one is for the parser to refuse
 
 _length = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]+)[ \t]*\r\n", re.IGNORECASE)

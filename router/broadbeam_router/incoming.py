@@ -13,7 +13,7 @@ import msgspec
 
 from broadbeam_crds.gateway_config import LimitsConfig
 from broadbeam_router.errors import BodyTooLarge, HeadersTooLarge, MalformedHttp, RequestError
-from broadbeam_router.heads import Head, KnownHead, known_head
+from broadbeam_router.heads import MAX_BYTES, Head, KnownHead, known_head
 
 # The targets of nearly all requests, in which there is nothing to look for.
 PLAIN_TARGETS = frozenset((b"/v1/chat/completions", b"/v1/completions"))
@@ -50,7 +50,7 @@ class RequestReader:
         self._fed = 0  # bytes read for the request being read, or somewhat more
         self._still = 0  # bytes since the parser last told of any
         self._progress = (0, 0, 0)
-        self._first = b""  # the read that the request being parsed begins, while no head is known
+        self._first = b""  # how the request being parsed begins, while no head is known
         self._known: KnownHead | None = None
         self._missing = 0  # bytes of the body of a request with the known head
         self.failure: RequestError | None = None  # sticks: no request is read after it
@@ -88,7 +88,7 @@ class RequestReader:
     def _parse(self, data: bytes) -> None:
         size = self._size = len(data)
         if not self._fed and self._known is None:
-            self._first = data
+            self._first = data[:MAX_BYTES]
         self._fed += size
         try:
             self._parser.feed_data(data)

@@ -32,10 +32,10 @@ def post(body: bytes, layout: bytes = LAYOUTS[0], target: bytes = TARGETS[0], ke
 class Noted:
     """A reader and what it read."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: LimitsConfig = LIMITS) -> None:
         self.requests: list[Request] = []
         self.waiting = 0
-        self.reader = RequestReader(LIMITS, self.requests.append, self._expected)
+        self.reader = RequestReader(limits, self.requests.append, self._expected)
 
     def _expected(self) -> None:
         self.waiting += 1
@@ -147,6 +147,14 @@ def test_the_head_of_a_last_request_is_not_known_again(first) -> None:
     noted = Noted()
     noted.feed(first, first)
     assert len(noted.requests) == 1 or noted.requests[0].head is not noted.requests[1].head
+
+
+def test_a_large_head_is_not_kept() -> None:
+    noted = Noted(LimitsConfig())
+    large = post(b"{}").replace(b"Auth", b"X-Large: %b\r\nAuth" % (b"x" * 5000))
+    noted.feed(large, large)
+    assert noted.bodies == [b"{}", b"{}"]
+    assert noted.requests[0].head is not noted.requests[1].head
 
 
 def test_half_a_body_is_half_a_request() -> None:
