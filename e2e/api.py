@@ -15,7 +15,6 @@ import aiohttp
 Object = dict[str, Any]
 
 APPLY = "application/apply-patch+yaml"  # JSON is YAML
-MERGE = "application/merge-patch+json"
 WATCH_S = 300  # of one watch request; the next follows at once
 _LINE_LIMIT = 2**24  # bytes of one watch event
 

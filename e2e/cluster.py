@@ -15,7 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +28,7 @@ from broadbeam_crds.conventions import (
     PLURAL,
     SUPERVISOR_PORT,
 )
+from broadbeam_operator.local.exposition import samples, total
 from control_plane import die_with_parent
 
 KUBECTL = Path(sys.executable).with_name("kubectl")
@@ -255,8 +256,7 @@ class Serving:
         path = f"/api/v1/namespaces/{self.namespace}/pods/{pod}:{port}/proxy/metrics"
         answer = self.cluster.http(path)
         assert answer.status == 200, answer.body
-        wanted = [f'{key}="{value}"' for key, value in labels.items()]
-        return sum(value for sample, value in samples(answer.body, name) if all(w in sample for w in wanted))
+        return total(samples(answer.body), name, **labels)
 
     def pool_metric(self, pool: str, name: str, **labels: str) -> float:
         """A metric summed over the supervisors of a pool."""
@@ -290,14 +290,6 @@ def _read(response: http.client.HTTPResponse) -> bytes:
         return response.read()
     except http.client.IncompleteRead as error:
         return error.partial
-
-
-def samples(exposition: str, name: str) -> Iterator[tuple[str, float]]:
-    """(name and labels, value) of a metric in Prometheus' text format."""
-    for line in exposition.splitlines():
-        if re.match(rf"{re.escape(name)}[{{ ]", line):
-            sample, _, value = line.rpartition(" ")
-            yield sample, float(value)
 
 
 def text_of(chunks: list[Object]) -> str:

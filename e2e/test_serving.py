@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from broadbeam_crds.conventions import GATEWAY_METRICS_PORT
-from cluster import Cluster, Object, Serving, eventually, text_of
+from broadbeam_operator.pods import is_ready
+from cluster import Cluster, Serving, eventually, text_of
 from manifests import namespace, simulated
 
 NAMESPACE = "e2e-serving"
@@ -124,12 +125,6 @@ def test_a_change_takes_no_more_groups_than_the_rollout_allows(sim: Serving) -> 
 
     sim.patch({"op": "replace", "path": "/spec/pools/0/groups", "value": 1})
     sim.wait_available()
-
-
-def is_ready(pod: Object) -> bool:
-    conditions = pod.get("status", {}).get("conditions") or ()
-    ready = any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
-    return ready and "deletionTimestamp" not in pod["metadata"]
 
 
 def identity(sim: Serving, pool: str) -> set[tuple[str, str]]:

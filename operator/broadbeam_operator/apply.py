@@ -20,6 +20,7 @@ from broadbeam_operator.cluster import (
     Kind,
     Object,
     kind_of,
+    timestamp,
 )
 from broadbeam_operator.plan import Plan
 
@@ -77,8 +78,3 @@ async def _set_gate(cluster: Cluster, pod: Object, open_: bool, now: datetime) -
         "lastTransitionTime": timestamp(now),
     }
     await cluster.patch_pod_condition(meta["namespace"], meta["name"], condition)
-
-
-def timestamp(now: datetime) -> str:
-    """RFC 3339 in UTC, to the second, as Kubernetes writes times."""
-    return now.strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -8,6 +8,7 @@ so that neither has to discover the API.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple, Protocol
 
 from broadbeam_crds.conventions import API_GROUP, API_VERSION, KIND, PLURAL
@@ -59,6 +60,11 @@ def kind_of(obj: Object) -> Kind:
         if kind[:2] == wanted:
             return kind
     raise KeyError(f"{wanted[1]} of {wanted[0]} is not a kind this operator handles")
+
+
+def timestamp(when: datetime) -> str:
+    """RFC 3339 in UTC, to the second, as Kubernetes writes times."""
+    return when.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 class ClusterError(Exception):

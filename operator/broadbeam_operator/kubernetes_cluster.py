@@ -21,7 +21,7 @@ from kubernetes.aio.client.configuration import Configuration
 from kubernetes.aio.config import ConfigException, load_incluster_config, load_kube_config
 
 from broadbeam_crds.conventions import FIELD_MANAGER
-from broadbeam_operator.cluster import EVENT, POD, ClusterError, Kind, Object, kind_of
+from broadbeam_operator.cluster import EVENT, POD, ClusterError, Kind, Object, kind_of, timestamp
 
 APPLY = "application/apply-patch+yaml"  # JSON is YAML
 STRATEGIC = "application/strategic-merge-patch+json"
@@ -91,7 +91,7 @@ class KubernetesCluster:
         self, regarding: Object, severity: Literal["Normal", "Warning"], reason: str, message: str
     ) -> None:
         meta = regarding["metadata"]
-        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        now = timestamp(datetime.now(UTC))
         event = {
             "apiVersion": "v1",
             "kind": "Event",

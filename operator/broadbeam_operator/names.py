@@ -28,10 +28,6 @@ def group_name(cluster: str, pool: str, group: int) -> str:
     return f"{cluster}-{pool}-{group}"
 
 
-def pod_name(cluster: str, pool: str, group: int, node: int) -> str:
-    return f"{group_name(cluster, pool, group)}-{node}"
-
-
 def pod_host(cluster: str, namespace: str, pool: str, group: int, node: int) -> str:
     """The DNS name that the group's headless Service gives a pod; resolves before the pod is ready."""
     service = group_name(cluster, pool, group)

@@ -33,6 +33,11 @@ def leaving(pod: Object) -> bool:
     return "deletionTimestamp" in pod["metadata"]
 
 
+def is_ready(pod: Object) -> bool:
+    """Ready and not on its way out."""
+    return is_true(pod, "Ready") and not leaving(pod)
+
+
 def revision(pod: Object) -> str:
     return str((pod["metadata"].get("labels") or {}).get(LABEL_REVISION, ""))
 

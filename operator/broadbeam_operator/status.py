@@ -17,8 +17,7 @@ from broadbeam_crds.v1alpha1 import (
     Summary,
 )
 from broadbeam_operator import names, pods
-from broadbeam_operator.apply import timestamp
-from broadbeam_operator.cluster import DEPLOYMENT, Object
+from broadbeam_operator.cluster import DEPLOYMENT, Object, timestamp
 from broadbeam_operator.groups import Group, gateway_pods, groups
 from broadbeam_operator.images import Images
 from broadbeam_operator.kv_effect import Verdict

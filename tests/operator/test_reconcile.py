@@ -8,7 +8,8 @@ from broadbeam_crds.conventions import LABEL_POOL
 from broadbeam_crds.testing import pool, serving_cluster
 from broadbeam_operator.cluster import CHILD_KINDS, CONFIG_MAP, POD, SERVICE, SERVING_CLUSTER, STATEFUL_SET
 from broadbeam_operator.kv_effect import Tokens
-from broadbeam_operator.local.controllers import control_once, is_ready
+from broadbeam_operator.local.controllers import control_once
+from broadbeam_operator.pods import is_ready
 
 BOTH = {LABEL_POOL: "both"}
 KEEPER = {"name": "keeper", "namespace": "default"}

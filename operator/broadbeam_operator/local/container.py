@@ -136,20 +136,9 @@ class Container:
         return self._logs / f"{max(0, self.restarts - 1) if running else self.restarts}.log"
 
     @property
-    def latest_log(self) -> Path:
-        """The log of the latest run that wrote anything: a crashed one between two runs."""
-        written = [path for path in self._logs.glob("*.log") if path.stat().st_size]
-        return max(written, key=lambda path: int(path.stem), default=self.log)
-
-    @property
     def id(self) -> str:
         """Of the running process; "" between runs."""
         return self._child.mark if self._child else ""
-
-    @property
-    def pid(self) -> int | None:
-        """Of the running process; None between runs."""
-        return self._child.pid if self._child else None
 
     @property
     def over(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from broadbeam_operator.cluster import DEPLOYMENT, POD, STATEFUL_SET, Object
 from broadbeam_operator.local.store import Store
+from broadbeam_operator.pods import is_ready, leaving
 
 POD_INDEX = "apps.kubernetes.io/pod-index"
 POD_NAME = "statefulset.kubernetes.io/pod-name"
@@ -180,20 +181,9 @@ def template_hash(template: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()[:10]
 
 
-def is_ready(pod: Object) -> bool:
-    """Ready and not on its way out."""
-    conditions = (pod.get("status") or {}).get("conditions") or ()
-    ready = any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
-    return ready and "deletionTimestamp" not in pod["metadata"]
-
-
 def _alive(pods: Sequence[Object]) -> list[Object]:
     ended = ("Failed", "Succeeded")
-    return [
-        pod
-        for pod in pods
-        if "deletionTimestamp" not in pod["metadata"] and (pod.get("status") or {}).get("phase") not in ended
-    ]
+    return [pod for pod in pods if not leaving(pod) and (pod.get("status") or {}).get("phase") not in ended]
 
 
 def _ended(pods: Sequence[Object]) -> list[Object]:
@@ -202,7 +192,7 @@ def _ended(pods: Sequence[Object]) -> list[Object]:
 
 
 def _unique(pods: Sequence[Object]) -> list[Object]:
-    by_name = {pod["metadata"]["name"]: pod for pod in pods if "deletionTimestamp" not in pod["metadata"]}
+    by_name = {pod["metadata"]["name"]: pod for pod in pods if not leaving(pod)}
     return list(by_name.values())
 
 

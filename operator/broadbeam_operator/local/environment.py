@@ -10,20 +10,13 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+from broadbeam_crds.quantity import SUFFIXES
+
 Manifest = Mapping[str, Any]
 Lookup = Callable[[str, str], Awaitable[Manifest | None]]  # (namespace, name) -> the object, None: no such
 
 _REFERENCE = re.compile(r"\$(\$|\(([-._a-zA-Z][-._a-zA-Z0-9]*)\))")
 _SUBSCRIPT = re.compile(r"metadata\.(labels|annotations)\['([^']+)'\]")
-_UNITS = {
-    "m": Decimal("0.001"),
-    "": Decimal(1),
-    "k": Decimal(10**3),
-    "M": Decimal(10**6),
-    "G": Decimal(10**9),
-}
-_UNITS |= {"T": Decimal(10**12), "Ki": Decimal(2**10), "Mi": Decimal(2**20), "Gi": Decimal(2**30)}
-_UNITS |= {"Ti": Decimal(2**40)}
 
 
 class PodConfigError(Exception):
@@ -85,9 +78,9 @@ class PodFacts:
 def quantity(text: str | int | float) -> Decimal:
     """A Kubernetes quantity ("500m", "64Gi") as a number; PodConfigError when it is none."""
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)([a-zA-Z]*)", str(text))
-    if match is None or match[2] not in _UNITS:
+    if match is None or match[2] not in SUFFIXES:
         raise PodConfigError(f"{text!r} is not a quantity")
-    return Decimal(match[1]) * _UNITS[match[2]]
+    return Decimal(match[1]) * SUFFIXES[match[2]]
 
 
 def resource(container: Manifest, ref: Manifest) -> str:

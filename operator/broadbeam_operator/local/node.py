@@ -18,11 +18,12 @@ from broadbeam_crds.conventions import (
 )
 from broadbeam_crds.engine_config import encode
 from broadbeam_crds.gateway_config import Endpoint, EndpointsFile
+from broadbeam_operator import names
 from broadbeam_operator.cluster import CONFIG_MAP, POD, SERVICE, Kind, Object
-from broadbeam_operator.local.controllers import is_ready
 from broadbeam_operator.local.environment import Lookup, Manifest, Sources
 from broadbeam_operator.local.pods import PodProcess, PodRunner
 from broadbeam_operator.local.store import SECRET, Store
+from broadbeam_operator.pods import is_ready, leaving
 
 
 def store_sources(store: Store) -> Sources:
@@ -85,7 +86,7 @@ class LocalNode:
 
     def _observe_pod(self, pod: Object) -> None:
         uid = pod["metadata"]["uid"]
-        if "deletionTimestamp" in pod["metadata"]:
+        if leaving(pod):
             self._begin_stop(uid, pod)
         elif uid not in self.pods:
             self._start(pod)
@@ -156,8 +157,8 @@ def endpoints_of(pods: Sequence[Object]) -> list[Endpoint]:
             ready=is_ready(pod),
         )
         for pod in pods
-        if (labels := pod["metadata"]["labels"]).get(LABEL_COMPONENT) == "engine"
-        if _ip(pod) and "deletionTimestamp" not in pod["metadata"]
+        if (labels := pod["metadata"]["labels"]).get(LABEL_COMPONENT) == names.ENGINE
+        if _ip(pod) and not leaving(pod)
         for rank in range(ranks(pod))
     ]
 

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
+from broadbeam_operator.cluster import timestamp
 from broadbeam_operator.local.container import Container, Running, State, Terminated, Waiting
 from broadbeam_operator.local.environment import Manifest
-
-OWN_CONDITIONS = ("PodScheduled", "Initialized", "ContainersReady", "Ready")
-
-
-def timestamp(when: datetime) -> str:
-    return when.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def state_status(state: State | None) -> dict[str, Any]:

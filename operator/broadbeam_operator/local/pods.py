@@ -14,7 +14,6 @@ without a slash is looked for beside the running Python first, so `broadbeam-run
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import shutil
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -25,6 +24,7 @@ from typing import Any
 
 import aiohttp
 
+from broadbeam_operator.cluster import timestamp
 from broadbeam_operator.local import pod_status, volumes
 from broadbeam_operator.local.container import Backoff, Container, Launch, Machine, Terminated, last_words
 from broadbeam_operator.local.environment import (
@@ -123,10 +123,6 @@ class PodProcess:
     def ip(self) -> str:
         return self.facts.ip
 
-    @property
-    def ready(self) -> bool:
-        return any(c["type"] == "Ready" and c["status"] == "True" for c in self.status()["conditions"])
-
     def status(self) -> dict[str, Any]:
         """`status` of the pod with the node's own conditions; those of others are not in it."""
         now = datetime.now(UTC)
@@ -138,7 +134,7 @@ class PodProcess:
             "hostIP": self.ip,
             "podIP": self.ip,
             "podIPs": [{"ip": self.ip}],
-            "startTime": pod_status.timestamp(self._started_at),
+            "startTime": timestamp(self._started_at),
             "conditions": self._conditions,
             "containerStatuses": [pod_status.container_status(c, init=False) for c in self.containers],
         }
@@ -154,10 +150,6 @@ class PodProcess:
             self._gates = dict(conditions)
             self._tell()
 
-    def logs(self) -> dict[str, Path]:
-        """Container -> the file its latest run writes to."""
-        return {c.name: c.latest_log for c in (*self.init_containers, *self.containers)}
-
     def ended_logs(self) -> dict[str, Path]:
         """Container -> the file that its latest ended run wrote; the current one's while none has ended."""
         return {c.name: c.ended_log for c in (*self.init_containers, *self.containers)}
@@ -165,15 +157,6 @@ class PodProcess:
     def last_words(self, container: str) -> list[str]:
         """What the latest run of a container that has ended said last; else what the current one says."""
         return last_words(self.ended_logs()[container])
-
-    def pids(self) -> dict[str, int]:
-        """Running container -> process id."""
-        return {c.name: c.pid for c in (*self.init_containers, *self.containers) if c.pid is not None}
-
-    async def refresh(self) -> None:
-        """Write changed ConfigMaps and Secrets into the volumes, as the kubelet does after a while."""
-        with contextlib.suppress(PodConfigError):
-            await volumes.materialise(self.facts, self.root / "volumes", self.node.sources, self._token)
 
     async def wait(self) -> None:
         """Until every container is over or the pod was stopped."""

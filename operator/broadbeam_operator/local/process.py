@@ -66,10 +66,6 @@ class Child:
     guard: Guard
     _reaped: bool = field(default=False)
 
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
     async def wait(self) -> int:
         """The exit code, 128 + n for signal n, once the process and all its children are gone."""
         code = await self.process.wait()

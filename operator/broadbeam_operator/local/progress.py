@@ -17,10 +17,11 @@ from broadbeam_crds.conventions import (
     LABEL_ROLE,
     SUPERVISOR_PORT,
 )
+from broadbeam_operator import names
 from broadbeam_operator.cluster import POD, SERVING_CLUSTER, Object
-from broadbeam_operator.local.controllers import is_ready
 from broadbeam_operator.local.exposition import Sample, samples, total
 from broadbeam_operator.local.store import Store
+from broadbeam_operator.pods import is_ready, leaving
 
 TIMEOUT = aiohttp.ClientTimeout(total=2)
 
@@ -81,7 +82,7 @@ async def look_at(store: Store, http: aiohttp.ClientSession, namespace: str, nam
     """Ask everything there is, all at once; what does not answer is taken as starting."""
     cluster = await store.get(SERVING_CLUSTER, namespace, name)
     pods = store.select(POD)
-    engines = [pod for pod in pods if _label(pod, LABEL_COMPONENT) == "engine"]
+    engines = [pod for pod in pods if _label(pod, LABEL_COMPONENT) == names.ENGINE]
     states, pages = await asyncio.gather(
         asyncio.gather(*(_state(http, pod) for pod in pods)),
         asyncio.gather(*(metrics(http, pod) for pod in engines)),
@@ -114,7 +115,7 @@ def refusal(status: Object) -> str | None:
 async def _state(http: aiohttp.ClientSession, pod: Object) -> Object | None:
     """What the supervisor of an engine pod says of its start."""
     ip = (pod.get("status") or {}).get("podIP")
-    if _label(pod, LABEL_COMPONENT) != "engine" or not ip:
+    if _label(pod, LABEL_COMPONENT) != names.ENGINE or not ip:
         return None
     try:
         async with http.get(f"http://{ip}:{SUPERVISOR_PORT}/readyz", timeout=TIMEOUT) as response:
@@ -153,9 +154,9 @@ def pod_progress(pod: Object, state: Object | None) -> PodProgress:
     containers = status.get("containerStatuses") or ()
     ready, said = is_ready(pod), state or {}
     stage = str(said.get("stage") or "starting")
-    if "deletionTimestamp" in pod["metadata"]:
+    if leaving(pod):
         stage = "stopping"
-    elif _label(pod, LABEL_COMPONENT) == "gateway" and any("running" in c["state"] for c in containers):
+    elif _label(pod, LABEL_COMPONENT) == names.GATEWAY and any("running" in c["state"] for c in containers):
         stage = "waiting for engines"
     return PodProgress(
         name=str(pod["metadata"]["name"]),

@@ -19,6 +19,7 @@ from broadbeam_crds.conventions import (
 )
 from broadbeam_crds.gateway_config import FileEndpoints
 from broadbeam_crds.v1alpha1 import ServingCluster
+from broadbeam_operator import names
 from broadbeam_operator.cluster import Object
 from broadbeam_operator.kv_effect import HttpMeter, KVWatch
 from broadbeam_operator.local.addresses import AddressRange, port_is_free, reserved_range
@@ -64,7 +65,7 @@ class Placement:
 
     def place(self, pod: Object) -> tuple[str, dict[str, str]]:
         """The address of a new pod, and environment that only this machine knows."""
-        is_gateway = pod["metadata"]["labels"].get(LABEL_COMPONENT) == "gateway"
+        is_gateway = pod["metadata"]["labels"].get(LABEL_COMPONENT) == names.GATEWAY
         if is_gateway and not self._gateway_taken:
             self._gateway_taken = True
             address = self.gateway_address

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 from uuid import uuid4
 
-from broadbeam_operator.cluster import POD, ClusterError, Kind, Object, kind_of
+from broadbeam_operator.cluster import POD, ClusterError, Kind, Object, kind_of, timestamp
 
 Key = tuple[str, str, str]  # plural, namespace, name
 SECRET = Kind("v1", "Secret", "secrets")  # the operator itself never touches one
@@ -252,4 +252,4 @@ def _key(obj: Object) -> Key:
 
 
 def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return timestamp(datetime.now(UTC))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,7 +146,3 @@ def mounts(
             folder.mkdir(parents=True)
         paths[mount["mountPath"].rstrip("/")] = folder
     return Mounts(paths)
-
-
-def rewrite_all(texts: Sequence[str], where: Mounts) -> list[str]:
-    return [where.rewrite(text) for text in texts]
