@@ -128,7 +128,6 @@ class ClientConnection(asyncio.Protocol):
             self._unread = unread
             self.deadline = self._server.now() + self._server.idle_s
             return
-        self.deadline = NEVER
         if self._request is None and not self._refused and self._reader.halfway:
             self._refuse(RequestTimeout(f"no whole request within {self._server.idle_s:g} s"))
         elif self._paused or self._refused:

@@ -18,7 +18,7 @@ class Timed(Protocol):
 
 
 class Deadlines:
-    """Calls `expire` on what is late, at most TICK_S after its deadline."""
+    """Calls `expire` on what is late, once and at most TICK_S after its deadline."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -32,6 +32,7 @@ class Deadlines:
         now = self._loop.time()
         late = [timed for timed in self._timed if timed.deadline < now]
         for timed in late:
+            timed.deadline = NEVER
             timed.expire()
 
     def stop(self) -> None:
