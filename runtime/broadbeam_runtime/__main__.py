@@ -9,7 +9,7 @@ from pathlib import Path
 
 from broadbeam_crds import conventions
 from broadbeam_crds.engine_config import ConfigError, EngineConfig, read
-from broadbeam_runtime.settings import PodSettings, RankSettings, check_config
+from broadbeam_runtime.settings import OPENMP, PodSettings, RankSettings, check_config
 
 EXIT_USAGE = 2
 
@@ -146,15 +146,21 @@ def _run(args: argparse.Namespace, environ: dict[str, str]) -> int:
         from broadbeam_runtime import rank
 
         settings = _rank(args, environ)
+        _default(OPENMP)
         if settings.config.kv_transfer is not None and settings.config.engine != "sim":
             from broadbeam_runtime.kv.nixl import environment
 
-            for name, value in environment(settings.pod.host).items():
-                os.environ.setdefault(name, value)  # UCX reads its settings from there alone
+            _default(environment(settings.pod.host))
         return rank.run(settings)
     from broadbeam_runtime import fetch
 
     return fetch.run(args.source, _cache(args, environ), args.status_fd)
+
+
+def _default(variables: dict[str, str]) -> None:
+    """For libraries that read their settings from the environment alone, when they are loaded."""
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
 
 
 if __name__ == "__main__":

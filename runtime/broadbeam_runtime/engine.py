@@ -8,6 +8,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -100,6 +101,17 @@ class TorchEngine:
         torch.set_num_threads(
             self.config.threads or max(1, (os.cpu_count() or 1) // self.config.parallel.ranks_per_node)
         )
+        # In a thread that ends: each thread that multiplies keeps OpenMP workers of its own, and with more of
+        # them than cores none waits awake for the next operation (`settings.OPENMP`).
+        with ThreadPoolExecutor(1, "load") as loader:
+            loader.submit(self._prepare).result()
+        self._report("ready", 1.0)
+        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.thread.start()
+
+    def _prepare(self) -> None:
+        """Everything that comes before the first request."""
+        self._choose_device()
         group = Group(self.rank, self.config.parallel.coordinator_port, self.device)
         self._load(group)
         self._report("joining", None, f"rank {group.rank} of {group.world}")
@@ -107,9 +119,6 @@ class TorchEngine:
         self.lockstep = Lockstep(group, self._wake)
         self._report("canary")
         self._canary()
-        self._report("ready", 1.0)
-        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self.thread.start()
 
     def submit(self, request: Request) -> None:
         self.inbox.put(request)
@@ -139,13 +148,16 @@ class TorchEngine:
         self.dummy_steps += not work
 
     def _run(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # the current device is the thread's own
+        self._choose_device()
         try:
             while not self.lockstep.finished:
                 self._turn()
         except Exception as error:
             self._fail(error)
+
+    def _choose_device(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # the current device is the thread's own
 
     def _turn(self) -> None:
         self.scheduler.poll()
