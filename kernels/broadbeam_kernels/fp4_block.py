@@ -183,7 +183,7 @@ def quantize_blocks(
         global_scale = torch.empty(1, dtype=torch.float32, device=x.device)
     flat = x.is_contiguous() and n == columns and not swizzled
     overlap = maxima is not None and launches_overlap(x.device)
-    facts = {"swizzled": swizzled, "maxima": maxima is not None, "padded": n != columns}
+    facts = {"swizzled": swizzled, "maxima": maxima is not None}
     tuned = config("nvfp4_quantize" if nvfp4 else "mxfp4_quantize", x.device, **facts)
     if total:
         _quantize_kernel[(triton.cdiv(total, tuned["BLOCKS"]),)](
