@@ -17,6 +17,9 @@ from broadbeam_router.heads import MAX_BYTES, Head, KnownHead, known_head
 
 # The targets of nearly all requests, in which there is nothing to look for.
 PLAIN_TARGETS = frozenset((b"/v1/chat/completions", b"/v1/completions"))
+# Requests of a connection whose heads are learned, the last one's only, until one comes again: the first may
+# be odd (a retry, another route), and where all differ there is nothing to learn.
+LESSONS = 8
 SINGLE_HEADERS = (b"host", b"authorization", b"x-request-id", b"traceparent", b"tracestate")
 
 
@@ -32,9 +35,9 @@ class RequestReader:
     head is known goes past the parser, which then stands between two requests."""
 
     __slots__ = (
-        "_body", "_body_size", "_fed", "_first", "_headers", "_heads", "_known", "_max_body", "_max_head",
-        "_missing", "_on_expect", "_on_request", "_parser", "_progress", "_recent", "_size", "_still", "_url",
-        "failure",
+        "_body", "_body_size", "_fed", "_first", "_headers", "_heads", "_known", "_lessons", "_max_body",
+        "_max_head", "_missing", "_on_expect", "_on_request", "_parser", "_progress", "_recent", "_size",
+        "_still", "_url", "failure",
     )  # fmt: skip
 
     def __init__(
@@ -50,7 +53,8 @@ class RequestReader:
         self._fed = 0  # bytes read for the request being read, or somewhat more
         self._still = 0  # bytes since the parser last told of any
         self._progress = (0, 0, 0)
-        self._first = b""  # how the request being parsed begins, while no head is known
+        self._lessons = LESSONS
+        self._first = b""  # how the request being parsed begins, while there are lessons
         self._known: KnownHead | None = None
         self._missing = 0  # bytes of the body of a request with the known head
         self.failure: RequestError | None = None  # sticks: no request is read after it
@@ -64,6 +68,7 @@ class RequestReader:
         elif known is not None and not self._fed and data.startswith(known.before):
             length, rest = known.split(data)
             if 0 < length <= self._max_body:
+                self._lessons = 0
                 self._missing = length
                 data = self._take_body(rest)
         if data:
@@ -87,7 +92,7 @@ class RequestReader:
 
     def _parse(self, data: bytes) -> None:
         size = self._size = len(data)
-        if not self._fed and self._known is None:
+        if self._lessons and not self._fed:
             self._first = data[:MAX_BYTES]
         self._fed += size
         try:
@@ -168,6 +173,7 @@ class RequestReader:
         body = b"".join(self._body)
         self._body = []
         if self._first:
+            self._lessons -= 1
             self._known = known_head(self._first, head, len(body))
             self._first = b""
         self._fed = 0

@@ -112,6 +112,15 @@ def test_a_head_that_comes_again_is_the_same_head(reads) -> None:
     assert noted.requests[1].head is noted.requests[0].head
 
 
+def test_an_odd_first_request_does_not_keep_the_others_heads_unknown() -> None:
+    noted = Noted()
+    noted.feed(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n", post(b"{}", key=KEYS[1]), post(b"{}"), post(b"{}"))
+    noted.feed(post(b"{}", key=KEYS[1]), post(b"{}"))
+    heads = [request.head for request in noted.requests]
+    assert heads[2] is heads[3] is heads[5]
+    assert heads[4].headers[b"authorization"] == b"Bearer two"
+
+
 @pytest.mark.parametrize(
     ("data", "failure"),
     [
