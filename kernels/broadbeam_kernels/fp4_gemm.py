@@ -6,6 +6,9 @@ in registers (exactly: a code times an e4m3 scale has six significant bits) and 
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -23,6 +26,12 @@ from .tuning import config
 Weights = Fp4Weights | PackedWeights
 
 
+@cache
+def _builds_cuda() -> bool:
+    """Whether CUDA C++ can be compiled here: torch's CUDA wheels bring the compiler and its bindings."""
+    return find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
+
+
 def _launch(x: Tensor, w: Weights, experts: Tensor | None, block: int, out: Tensor) -> None:
     if isinstance(w, PackedWeights):
         grouping: Grouping = "dense" if experts is None else "contiguous"
@@ -32,8 +41,15 @@ def _launch(x: Tensor, w: Weights, experts: Tensor | None, block: int, out: Tens
         matrix_path(x.device) == "hopper", "w is laid out for a Hopper: prepare it on the GPU that reads it"
     )
     operation = "fp4_gemm" if experts is None else "grouped_fp4_gemm"
-    tile = config(operation, x.device, rows=x.shape[0], n=w.shape[1], k=w.shape[2], block=block)
-    fp4_persistent.launch(x, w, experts, block, out, tile)
+    rows, (count, n, k) = x.shape[0], w.shape
+    facts = {"rows": rows, "each": rows // count, "n": n, "k": k, "block": block}
+    if _builds_cuda():
+        from .cuda import fp4_gemm as native  # it needs the compiler's bindings to be imported
+
+        tile = native.Tile(**config(f"cuda_{operation}", x.device, **facts))
+        native.launch(x, w, experts, block, out, tile if experts is not None else native.spread(tile, x, n))
+    else:
+        fp4_persistent.launch(x, w, experts, block, out, config(operation, x.device, **facts))
 
 
 def _activations(x: Tensor | Quantized, w: Weights) -> Tensor:
@@ -43,7 +59,8 @@ def _activations(x: Tensor | Quantized, w: Weights) -> Tensor:
         x = dequantize_fp8_block(x, torch.bfloat16)
     check_tensor("x", x, 2, (torch.bfloat16,), like=w.codes)
     check(x.shape[1] == w.shape[2], f"x has k={x.shape[1]}, the weights have k={w.shape[2]}")
-    check(x.stride(1) == 1 and x.stride(0) % 8 == 0, "x's rows must be dense and 16-byte aligned")
+    aligned = x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    check(x.stride(1) == 1 and aligned, "x's rows must be dense and 16-byte aligned")
     check(w.shape[1] % 8 == 0, f"n={w.shape[1]} is not a multiple of 8")
     return x
 

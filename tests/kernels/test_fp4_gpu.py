@@ -12,6 +12,7 @@ from broadbeam_kernels import fp4_persistent
 from broadbeam_kernels.cuda import fp4_gemm as cuda
 from broadbeam_kernels.cuda.fp4_gemm import Tile
 from broadbeam_kernels.formats import MXFP4, NVFP4, Mxfp4, Nvfp4
+from broadbeam_kernels.fp4_gemm import fp4_gemm, grouped_fp4_gemm
 from broadbeam_kernels.fp4_weights import Fp4Weights, decode_fp4_weights, prepare_fp4_weights
 from broadbeam_kernels.quantize import quantize
 from broadbeam_kernels.testing import gaussian, poison, relative_difference
@@ -24,8 +25,10 @@ FORMATS = pytest.mark.parametrize("fmt", [NVFP4, MXFP4], ids=str)
 
 PLAIN = [
     Tile(8, split=2),
+    Tile(8, split=8, resident=3),
     Tile(16, split=2, resident=2),
     Tile(16, split=7, resident=3),
+    Tile(32, split=4),
     Tile(64, split=4, warpgroups=4),
     Tile(64, resident=2),
     Tile(128, split=2),
@@ -33,7 +36,7 @@ PLAIN = [
 ]
 GROUPED = [
     Tile(16, resident=2),
-    Tile(32, resident=2, group=3),
+    Tile(32, warpgroups=4, group=3),
     Tile(64, warpgroups=4),
     Tile(64, resident=2),
     Tile(128, group=2),
@@ -43,7 +46,9 @@ GROUPED = [
 
 @cache
 def weights(experts: int, n: int, k: int, fmt: Nvfp4 | Mxfp4) -> Fp4Weights:
-    return prepare_fp4_weights([quantize(gaussian(n, k), fmt) for _ in range(experts)])
+    prepared = prepare_fp4_weights([quantize(gaussian(n, k), fmt) for _ in range(experts)])
+    assert isinstance(prepared, Fp4Weights)
+    return prepared
 
 
 def exact(x: Tensor, w: Fp4Weights, expert: int) -> Tensor:
@@ -91,13 +96,27 @@ def assert_blocks_match(got: Tensor, x: Tensor, w: Fp4Weights, index: Tensor, bl
 @pytest.mark.parametrize("blocks", [1, 11, 70])
 def test_every_tile_takes_each_block_to_its_expert(fmt: Nvfp4 | Mxfp4, tile: Tile, blocks: int) -> None:
     w = weights(4, 2440, 640, fmt)
-    block = 2 * tile.tokens if blocks == 11 else tile.tokens
+    block = {1: tile.tokens, 11: 2 * tile.tokens, 70: min(tile.tokens, 128)}[blocks]
     x = gaussian(blocks * block, 640)
     index = torch.randint(-1, 4, (blocks,), dtype=torch.int32, device="cuda")
     index[0] = 3
     out = torch.zeros(blocks * block, 2440, dtype=BF16, device="cuda")
     cuda.launch(x, w, index, block, out, tile)
     assert_blocks_match(out, x, w, index, block)
+
+
+@pytest.mark.parametrize("n", [136, 2048, 7168])
+@pytest.mark.parametrize("rows", [1, 9, 17, 33, 65, 700])
+def test_the_tile_of_the_table_multiplies(rows: int, n: int) -> None:
+    x, w = gaussian(rows, 1024), weights(1, n, 1024, MXFP4)
+    assert relative_difference(fp4_gemm(x, w), exact(x, w, 0)) < BOUND
+
+
+@pytest.mark.parametrize(("block", "blocks"), [(16, 9), (32, 9), (64, 9), (128, 9), (128, 23), (256, 11)])
+def test_the_tile_of_the_table_takes_each_block_to_its_expert(block: int, blocks: int) -> None:
+    x, w = gaussian(blocks * block, 640), weights(4, 2440, 640, NVFP4)
+    index = torch.randint(0, 4, (blocks,), dtype=torch.int32, device="cuda")
+    assert_blocks_match(grouped_fp4_gemm(x, w, index), x, w, index, block)
 
 
 @FORMATS

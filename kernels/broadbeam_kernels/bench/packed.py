@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -15,6 +15,7 @@ from ..testing import nbytes
 from .case import Case, ready
 
 OUTPUT = (7168, 16384)
+LAYERS = 8
 EXPERTS = ((32, 4096, 7168), (32, 7168, 2048))
 FORMATS: dict[str, Nvfp4 | Mxfp4] = {"nvfp4": NVFP4, "mxfp4": MXFP4}
 
@@ -32,12 +33,36 @@ def _activations(rows: int, k: int) -> torch.Tensor:
     return torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
 
 
+def _in_turn(calls: Sequence[Callable[[], object]]) -> list[object]:
+    """Every call's result, all kept, so that no call writes where the cache holds what another wrote."""
+    return [call() for call in calls]
+
+
+def _projections(weights: list[Fp4Weights], name: str, dense: list[torch.Tensor]) -> Iterator[Case]:
+    """Layer after layer, as a model has it: the caches hold what other layers read, not a flush."""
+    n, k = OUTPUT
+    for m in (1, 16, 64, 128):
+        x = _activations(m, k)
+        yield Case(
+            "fp4_gemm",
+            f"{name} {m}x{n}x{k}, {LAYERS} layers in a row",
+            partial(_in_turn, [partial(fp4_gemm, x, w) for w in weights]),
+            LAYERS * (weights[0].nbytes + nbytes(x) + 2 * m * n),
+            LAYERS * 2 * m * n * k,
+            "bf16",
+            peers={"torch bf16": ready(partial(_in_turn, [partial(torch.mm, x, d.t()) for d in dense]))},
+        )
+
+
 def plain() -> Iterator[Case]:
     """The output projection at decode sizes; torch multiplies the same shape in bf16."""
     n, k = OUTPUT
-    dense = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
+    layers = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(LAYERS)]
+    dense = layers[0]
     for name, fmt in FORMATS.items():
-        weights = _weights(1, n, k, fmt)
+        projections = [_weights(1, n, k, fmt) for _ in range(LAYERS)]
+        weights = projections[0]
+        yield from _projections(projections, name, layers)
         for m in (1, 16, 64, 128):
             x = _activations(m, k)
             yield Case(

@@ -30,11 +30,13 @@ constexpr int SCALE_BYTES = NVFP4 ? 512 : 256;
 constexpr int X_STAGE = HALVES * X_BYTES;
 constexpr int CODE_STAGE = TILES * HALVES * CODE_BYTES;
 constexpr int SCALE_STAGE = TILES * HALVES * SCALE_BYTES;
+constexpr int GRAIN = HALVES == 2 ? 4 : 2;  // words of 16 columns that are decoded, then multiplied
 constexpr int GROUPS = TOKENS / 8;  // of tokens: what one accumulator register quadruple covers
 constexpr int BOX = TOKENS < 128 ? TOKENS : 128;  // tokens that are fetched at once
 constexpr int SENT = SPLIT > 1 ? 8 : BOX;  // and sent
 constexpr int KEPT = SPLIT > 1 ? (GROUPS + SPLIT - 1) / SPLIT : 1;  // outgoing boxes of a warpgroup at a time
 constexpr int OUT_BYTES = KEPT * SENT * 128;
+constexpr int SUM_BYTES = KEPT * CONSUMERS * 16;  // what one block of a split tile hands another
 
 struct Problem {
   const unsigned char* codes;
@@ -79,7 +81,7 @@ __device__ __forceinline__ void walk(const Problem& p, Visit& visit) {
 }
 
 struct Shared {
-  u32 x, codes, scales, out, full, empty;
+  u32 x, codes, scales, out, sums, full, empty, summed;
 };
 
 struct Steps {
@@ -169,26 +171,11 @@ __device__ __forceinline__ void decode(u32 word, u32 pair, u32* a) {
   a[3] = times_high((word << 2) & MASK, pair);
 }
 
-__device__ __forceinline__ void decode(const Packed& q, u32 factor, u32 (&a)[16]) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    decode(q.words[i], scale_pair(q.scales[NVFP4 ? i / 2 : 0], NVFP4 ? i % 2 : i / 2, factor), a + 4 * i);
-}
-
 // ---- multiplying -----------------------------------------------------------------------------------------
 
 struct Thread {
   u32 warpgroup, warp, lane;  // the warp within its warpgroup
 };
-
-template <int SUMS>
-__device__ __forceinline__ void issue(float (&acc)[SUMS], const u32 (&a)[16], u32 x) {
-  u64 b = operand(x);
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-  for (int i = 0; i < 4; ++i) multiply(acc, a[4 * i], a[4 * i + 1], a[4 * i + 2], a[4 * i + 3], b + 2 * i);
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
 
 template <int SUMS>
 __device__ __forceinline__ void accumulate(
@@ -209,19 +196,24 @@ __device__ __forceinline__ void accumulate(
     for (int h = 0; h < HALVES; ++h)
       q[h] = read_packed(codes + ring.slot * CODE_STAGE + h * CODE_BYTES,
                          scales + ring.slot * SCALE_STAGE + h * SCALE_BYTES);
-    // A half decodes while the one before it multiplies. Once all but the newest product are done, the older
-    // one's registers are free and, after a stage's last, the stage is.
-    if constexpr (HALVES == 1) {
-      wait_for_products<0>();
-      if (k > steps.first && me.lane == 0) arrive(s.empty + used * 8);
-    }
 #pragma unroll
     for (int h = 0; h < HALVES; ++h) {
-      decode(q[h], p.scale_factor, a[h]);
-      issue(acc, a[h], s.x + ring.slot * X_STAGE + h * X_BYTES);
-      if constexpr (HALVES == 2) {
-        wait_for_products<1>();
-        if (h == 0 && k > steps.first && me.lane == 0) arrive(s.empty + used * 8);
+      u64 b = operand(s.x + ring.slot * X_STAGE + h * X_BYTES);
+#pragma unroll
+      for (int i = 0; i < 4; i += GRAIN) {
+        // Words decode while those before them multiply. Once a stage's worth of products is left, the registers
+        // of the oldest are free again, and at the stage's last words the stage before it is.
+        wait_for_products<HALVES * 4 / GRAIN - 1>();
+        if (h == HALVES - 1 && i == 4 - GRAIN && k > steps.first && me.lane == 0) arrive(s.empty + used * 8);
+#pragma unroll
+        for (int j = i; j < i + GRAIN; ++j)
+          decode(q[h].words[j], scale_pair(q[h].scales[NVFP4 ? j / 2 : 0], NVFP4 ? j % 2 : j / 2, p.scale_factor),
+                 a[h] + 4 * j);
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+        for (int j = i; j < i + GRAIN; ++j)
+          multiply(acc, a[h][4 * j], a[h][4 * j + 1], a[h][4 * j + 2], a[h][4 * j + 3], b + 2 * j);
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
       }
     }
     used = ring.slot;
@@ -273,45 +265,60 @@ __device__ __forceinline__ void write(
   }
 }
 
-// The parts of a shared tile are added in the order of the blocks: the same bits every time. Each block shows
-// its part in its own memory (the ring has done its work) and finishes every SPLIT-th group of tokens.
-__device__ __forceinline__ void write_sum(
-    const Shared& s, Tile<TOKENS> t, Thread me, u32 rank, const TensorMap* out_map, float alpha, float (&acc)[TOKENS / 2]) {
-  u32 part = s.x + (me.warpgroup * 128 + me.warp * 32 + me.lane) * 16;
-  asm volatile("bar.sync 5, %0;" ::"n"(CONSUMERS) : "memory");
+// Blocks that split a tile's k hand each other the groups of tokens they do not finish: group i is the i-th
+// block's, modulo SPLIT.
+__device__ __forceinline__ void hand_over(const Shared& s, u32 thread, u32 part, float (&acc)[TOKENS / 2]) {
 #pragma unroll
-  for (int i = 0; i < GROUPS; ++i)
-    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(part + i * (CONSUMERS * 16)), "f"(acc[4 * i]),
-                 "f"(acc[4 * i + 1]), "f"(acc[4 * i + 2]), "f"(acc[4 * i + 3])
-                 : "memory");
-  cluster_sync();
+  for (u32 to = 0; to < SPLIT; ++to) {
+    if (to == part) continue;
+    u32 from = part - (part > to);
+    u32 there = remote(s.sums + from * SUM_BYTES + thread * 16, to), summed = remote(s.summed, to);
 #pragma unroll
-  for (int j = 0; j < KEPT; ++j) {
-    int i = j * SPLIT + rank;
-    if (i >= GROUPS) break;
-    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-    for (int from = 0; from < SPLIT; ++from) {
-      float x[4];
-      asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                   : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
-                   : "r"(remote(part + i * (CONSUMERS * 16), from))
-                   : "memory");
-#pragma unroll
-      for (int c = 0; c < 4; ++c) sum[c] += x[c];
-    }
-    put(s.out + me.warpgroup * OUT_BYTES + j * 1024, 0, me, sum, alpha);
+    for (int j = 0; j < KEPT && j * SPLIT + to < GROUPS; ++j)
+      send(there + j * (CONSUMERS * 16), summed, acc + 4 * (j * SPLIT + to));
   }
+}
+
+// The parts are added in the order of the blocks, whoever finishes them: the same bits every time.
+__device__ __forceinline__ void finish(
+    const Shared& s, u32 thread, Thread me, u32 part, float alpha, float (&acc)[TOKENS / 2]) {
+#pragma unroll
+  for (u32 mine = 0; mine < SPLIT; ++mine) {
+    if (mine != part) continue;
+#pragma unroll
+    for (int j = 0; j < KEPT && j * SPLIT + mine < GROUPS; ++j) {
+      float* own = acc + 4 * (j * SPLIT + mine);
+      float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+      for (u32 from = 0; from < SPLIT; ++from) {
+        float x[4] = {own[0], own[1], own[2], own[3]};
+        if (from != mine)
+          asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                       : "=f"(x[0]), "=f"(x[1]), "=f"(x[2]), "=f"(x[3])
+                       : "r"(s.sums + (from - (from > mine)) * SUM_BYTES + j * (CONSUMERS * 16) + thread * 16)
+                       : "memory");
+#pragma unroll
+        for (int c = 0; c < 4; ++c) sum[c] += x[c];
+      }
+      put(s.out + me.warpgroup * OUT_BYTES + j * 1024, 0, me, sum, alpha);
+    }
+  }
+}
+
+__device__ __forceinline__ void write_sum(
+    const Shared& s, Tile<TOKENS> t, Thread me, u32 part, const TensorMap* out_map, float alpha,
+    float (&acc)[TOKENS / 2]) {
+  u32 thread = me.warpgroup * 128 + me.warp * 32 + me.lane;
+  cluster_wait();  // all blocks run: their memory may be written
+  hand_over(s, thread, part, acc);
+  wait(s.summed, 0);
+  finish(s, thread, me, part, alpha, acc);
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
   barrier_of(me.warpgroup);
   if (me.warp == 0 && me.lane == 0) {
-#pragma unroll
-    for (int j = 0; j < KEPT; ++j) {
-      int i = j * SPLIT + rank;
-      if (i < GROUPS)
-        store_box(out_map, (t.n * WARPGROUPS + me.warpgroup) * 64, t.row + i * 8,
-                  s.out + me.warpgroup * OUT_BYTES + j * 1024);
-    }
+    for (int i = part; i < GROUPS; i += SPLIT)
+      store_box(out_map, (t.n * WARPGROUPS + me.warpgroup) * 64, t.row + i * 8,
+                s.out + me.warpgroup * OUT_BYTES + i / SPLIT * 1024);
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
   }
 }
@@ -321,17 +328,18 @@ struct Multiplier {
   const Shared& s;
   Steps steps;
   Thread me;
-  u32 rank;
+  u32 part;  // of k
   const TensorMap* out_map;
   Ring ring;
 
   template <int N>
   __device__ __forceinline__ void operator()(Tile<N> t) {
     float acc[N / 2];
+    float alpha;  // asked for now: at the end it would be waited for
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(alpha) : "l"(p.alpha + t.expert));
     accumulate(p, s, steps, me, ring, acc);
-    float alpha = __ldg(p.alpha + t.expert);
     if constexpr (SPLIT > 1)
-      write_sum(s, t, me, rank, out_map, alpha, acc);
+      write_sum(s, t, me, part, out_map, alpha, acc);
     else
       write(s, t, me, out_map, alpha, acc);
   }
@@ -345,37 +353,42 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) __cluster_dims__
   s.x = address(memory);
   s.codes = s.x + STAGES * X_STAGE;
   s.out = s.codes + STAGES * CODE_STAGE;
-  s.scales = s.out + WARPGROUPS * OUT_BYTES;
+  s.sums = s.out + WARPGROUPS * OUT_BYTES;
+  s.scales = s.sums + (SPLIT - 1) * SUM_BYTES;
   s.full = s.scales + STAGES * SCALE_STAGE;
   s.empty = s.full + STAGES * 8;
-  u32 rank = SPLIT > 1 ? cluster_rank() : 0;
+  s.summed = s.empty + STAGES * 8;
+  u32 part = SPLIT > 1 ? cluster_rank() : 0;
   if (threadIdx.x == CONSUMERS) {
     for (int i = 0; i < STAGES; ++i) {
       init(s.full + i * 8, 1);
       init(s.empty + i * 8, CONSUMERS / 32);
     }
+    if constexpr (SPLIT > 1) {
+      init(s.summed, 1);
+      expect(s.summed, (SPLIT - 1) * ((GROUPS - part + SPLIT - 1) / SPLIT) * (CONSUMERS * 16));
+    }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-  __syncthreads();
+  __syncwarp();
   int stages = p.steps * 2 / HALVES;
-  Steps steps{(int)rank * stages / SPLIT, (int)(rank + 1) * stages / SPLIT};
-  if (threadIdx.x >= CONSUMERS) {
+  Steps steps{(int)part * stages / SPLIT, (int)(part + 1) * stages / SPLIT};
+  bool feeding = threadIdx.x >= CONSUMERS;
+  if constexpr (SPLIT > 1) cluster_arrive();
+  if (feeding) {
+    asm volatile("bar.arrive 0, %0;" ::"n"(THREADS) : "memory");  // who made the barriers may begin
     if constexpr (LARGE) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     if (threadIdx.x == CONSUMERS) {
       Feeder feeder{p, s, steps, &x_map};
       walk(p, feeder);
     }
     __syncwarp();
-    if constexpr (SPLIT > 1) cluster_sync();
+    if constexpr (SPLIT > 1) cluster_wait();
   } else {
+    asm volatile("bar.sync 0, %0;" ::"n"(THREADS) : "memory");
     if constexpr (LARGE) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    Multiplier multiplier{p, s, steps, {threadIdx.x / 128, threadIdx.x / 32 % 4, threadIdx.x % 32}, rank, &out_map};
+    Multiplier multiplier{p, s, steps, {threadIdx.x / 128, threadIdx.x / 32 % 4, threadIdx.x % 32}, part, &out_map};
     walk(p, multiplier);
-    if (threadIdx.x % 128 == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-  }
-  // A block's memory must outlive the others' readings of it.
-  if constexpr (SPLIT > 1) {
-    __syncwarp();
-    cluster_sync();
+    if (threadIdx.x % 128 == 0) asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
   }
 }

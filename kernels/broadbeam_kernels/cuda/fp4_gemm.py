@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from .tensor_map import tensor_map
 
 SHARED_BYTES = 227 << 10  # what the blocks of one multiprocessor share on sm_90, 1 KiB more for each of them
 MOST_STAGES = 12
+MOST_SPLIT = 8  # blocks of a cluster on any device
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +48,10 @@ class Tile:
 
     @property
     def _out_bytes(self) -> int:
-        kept = -(-self.tokens // 8 // self.split) if self.split > 1 else 1
-        return self.warpgroups * kept * self.sent * 128
+        if self.split == 1:
+            return self.warpgroups * self.sent * 128
+        kept = -(-self.tokens // 8 // self.split)
+        return self.warpgroups * kept * (1024 + (self.split - 1) * 2048)
 
     def _stage_bytes(self, nvfp4: bool) -> int:
         packed = self.warpgroups // 2 * (4096 + (512 if nvfp4 else 256))
@@ -56,12 +59,12 @@ class Tile:
 
     def ring(self, nvfp4: bool) -> int:
         """Stages that fit beside the outgoing tile."""
-        room = (SHARED_BYTES - (self.resident - 1) * 1024) // self.resident - self._out_bytes
+        room = (SHARED_BYTES - (self.resident - 1) * 1024) // self.resident - self._out_bytes - 16
         return min(self.stages, room // self._stage_bytes(nvfp4))
 
     def shared_bytes(self, nvfp4: bool) -> int:
         """Of one block."""
-        return self.ring(nvfp4) * self._stage_bytes(nvfp4) + self._out_bytes
+        return self.ring(nvfp4) * self._stage_bytes(nvfp4) + self._out_bytes + 16
 
 
 class _Problem(ctypes.Structure):
@@ -127,6 +130,17 @@ def function(tile: Tile, nvfp4: bool, grouped: bool, device: int) -> Function:
     text, headers, defines = source(tile, nvfp4, grouped)
     code = cubin(text, headers, defines, native(device))
     return Function(code, "fp4_gemm", device, tile.shared_bytes(nvfp4))
+
+
+def spread(tile: Tile, x: Tensor, n: int) -> Tile:
+    """`tile` with k split over as many blocks as run at once: few tiles would leave multiprocessors idle."""
+    rows, k = x.shape
+    tiles = -(-rows // tile.tokens) * -(-n // (64 * tile.warpgroups))
+    room = multiprocessors(x.device.index) * tile.resident
+    split = 1
+    while split < MOST_SPLIT and 2 * split * tiles <= room and 8 * split <= k // 128:
+        split *= 2
+    return replace(tile, split=split)
 
 
 def launch(x: Tensor, w: Fp4Weights, experts: Tensor | None, block: int, out: Tensor, tile: Tile) -> None:

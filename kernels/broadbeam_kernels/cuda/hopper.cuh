@@ -15,9 +15,13 @@ __device__ __forceinline__ u32 cluster_rank() {
   return rank;
 }
 
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+// Neither half orders memory beyond barriers' initial values: a release over the cluster is a fence over the
+// whole GPU, which costs a microsecond. Data that crosses blocks counts its bytes on a barrier instead.
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
+
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ u32 remote(u32 local, u32 rank) {
   u32 there;
@@ -44,6 +48,14 @@ __device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
 
 __device__ __forceinline__ void arrive(u32 barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Four values to another block's memory, their bytes counted on its barrier.
+__device__ __forceinline__ void send(u32 to, u32 barrier, const float* x) {
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+      "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]), "r"(barrier)
+      : "memory");
 }
 
 // A box of a matrix at column x, row y.
