@@ -76,6 +76,12 @@ def e4m3_as_half(code):
 
 
 @triton.jit
+def exponent(scale):
+    """The biased exponent (uint8, an E8M0 scale) of a positive float32 power of two."""
+    return (scale.to(tl.int32, bitcast=True) >> 23).to(tl.uint8)
+
+
+@triton.jit
 def _gemm_kernel(
     a_ptr,
     b_ptr,
@@ -101,6 +107,7 @@ def _gemm_kernel(
     GROUPING: tl.constexpr,
     SCALED: tl.constexpr,
     AS_HALF: tl.constexpr,
+    POW2: tl.constexpr,  # scales are powers of two, and the tensor cores apply them
     WHOLE: tl.constexpr,  # BK divides k
 ):
     first, end, column, expert = locate(
@@ -137,7 +144,12 @@ def _gemm_kernel(
                 x = e4m3_as_half(x)
                 w = e4m3_as_half(w)
             left, right = (x, w.T) if TOKENS_LEFT else (w, x.T)
-            if SCALED:
+            if POW2:
+                xs = tl.broadcast_to(exponent(tl.load(a_scale + step * a_scale_step))[:, None], (BM, 4))
+                ws = tl.full((BN, 4), 0, tl.uint8) + exponent(tl.load(b_scale + step))
+                left_scales, right_scales = (xs, ws) if TOKENS_LEFT else (ws, xs)
+                acc = tl.dot_scaled(left, left_scales, "e4m3", right, right_scales, "e4m3", acc)
+            elif SCALED:
                 scale = tl.load(a_scale + step * a_scale_step) * tl.load(b_scale + step)
                 acc += tl.dot(left, right) * (scale[:, None] if TOKENS_LEFT else scale[None, :])
             else:
@@ -169,9 +181,12 @@ def tile_count(rows: int, n: int, bm: int, bn: int, experts: int, slots: int) ->
     return tiles_m * -(-n // bn)
 
 
-def _tile(a: Tensor, per_group: int) -> Launch:
+def _tile(a: Tensor, per_group: int, pow2: bool) -> Launch:
     width = a.element_size()
-    tile = config("portable_gemm", a.device, rows=per_group, bytes=width)
+    tile = {**config("portable_gemm", a.device, rows=per_group, bytes=width)}
+    tile["POW2"] = pow2 and paths.multiplies_block_scaled(a.device)
+    if tile["POW2"]:
+        tile["BN"] = 128  # rows of the block-scaled instruction
     bytes_per_stage = (tile["BM"] + tile["BN"]) * 128
     as_half = width == 1 and not paths.multiplies_fp8(a.device)
     return {**tile, "STAGES": depth(tile["STAGES"], bytes_per_stage, a.device), "AS_HALF": as_half}
@@ -188,6 +203,7 @@ def launch(
     groups: Tensor | None = None,
     block_rows: int = 0,
     slots: int = 0,
+    pow2: bool = False,
     tile: Launch | None = None,
 ) -> None:
     """out (rows, n) = a (rows, k) @ b[expert] (n, k).T with the arguments already checked.
@@ -195,12 +211,13 @@ def launch(
     b is (experts * n, k) dense rows. Scaled (FP8) products take a_scales (rows, k / 128), or (experts, slots,
     k / 128) when masked, in any strides, and b_scales (experts, n / 128, k / 128) contiguous. `groups`:
     expert of each `block_rows` rows (contiguous, -1 for none), or rows in use of each expert's `slots` rows
-    (masked). `tile`: BM, BN, STAGES, GROUP, AS_HALF, num_warps; by table where none is given.
+    (masked). `pow2`: all scales are powers of two, which Blackwell's tensor cores apply themselves. `tile`:
+    BM, BN, STAGES, GROUP, AS_HALF, POW2, num_warps; by table where none is given.
     """
     rows, k = a.shape
     n = out.shape[1]
     per_group = {"dense": rows, "contiguous": block_rows, "masked": slots}[grouping]
-    tile = {**(tile or _tile(a, per_group))}
+    tile = {**(tile or _tile(a, per_group, pow2))}
     tile["BM"] = min(tile["BM"], block_rows or tile["BM"])
     bk = 128 // a.element_size()
     strides = (0, 0, 0)

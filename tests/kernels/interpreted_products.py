@@ -68,7 +68,7 @@ def quantized(x: torch.Tensor, fmt: Format) -> Any:
 
 
 def portable(bm: int, as_half: bool = False) -> dict[str, Any]:
-    return {"BM": bm, "BN": 64, "STAGES": 2, "GROUP": 2, "AS_HALF": as_half, "num_warps": 4}
+    return {"BM": bm, "BN": 64, "STAGES": 2, "GROUP": 2, "AS_HALF": as_half, "POW2": False, "num_warps": 4}
 
 
 def scaled(bm: int) -> dict[str, Any]:

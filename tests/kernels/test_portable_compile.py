@@ -49,16 +49,27 @@ BF16 = {"a_ptr": "*bf16", "b_ptr": "*bf16"}
         pytest.param(80, CODES, "dense", "m16n8k16.row.col.f32.f16.f16", id="sm_80 fp8, multiplied in fp16"),
         pytest.param(89, FP8, "contiguous", "m16n8k32.row.col.f32.e4m3.e4m3", id="sm_89 fp8"),
         pytest.param(100, FP8, "dense", "tcgen05.mma.cta_group::1.kind::f8f6f4", id="sm_100 fp8"),
+        pytest.param(
+            100, FP8, "dense", "tcgen05.mma.cta_group::1.kind::mxf8f6f4.block_scale", id="sm_100 fp8 pow2"
+        ),
         pytest.param(100, BF16, "masked", "tcgen05.mma.cta_group::1.kind::f16", id="sm_100 bf16 masked"),
+        pytest.param(120, FP8, "dense", "m16n8k32.row.col.kind::mxf8f6f4.block_scale", id="sm_120 fp8 pow2"),
         pytest.param(120, FP8, "masked", "m16n8k32.row.col.f32.e4m3.e4m3", id="sm_120 fp8 masked"),
     ],
 )
 def test_a_portable_product_multiplies_with(
     capability: int, types: dict[str, str], grouping: str, instruction: str
 ) -> None:
-    scaled = types is not BF16
-    tile = {"BM": 16, "BN": 64, "BK": 128 if scaled else 64, "STAGES": 3, "BLOCK_ROWS": 128, "GROUP": 4}
-    flags = {"GROUPING": grouping, "SCALED": scaled, "AS_HALF": types is CODES, "WHOLE": True}
+    scaled, pow2 = types is not BF16, "block_scale" in instruction
+    tile = {
+        "BM": 16,
+        "BN": 128 if pow2 else 64,
+        "BK": 128 if scaled else 64,
+        "STAGES": 3,
+        "BLOCK_ROWS": 128,
+        "GROUP": 4,
+    }
+    flags = {"GROUPING": grouping, "SCALED": scaled, "AS_HALF": types is CODES, "POW2": pow2, "WHOLE": True}
     pointers = {**types, "out_ptr": "*bf16"}
     absent: dict[str, Any] = {} if scaled else {"a_scale_ptr": None, "b_scale_ptr": None}
     if grouping == "dense":

@@ -85,7 +85,19 @@ def test_portable_fp8_gemm_matches(fmt: Fp8Block, rows: int, n: int, k: int) -> 
 def test_fp8_codes_multiply_as_halves_where_tensor_cores_lack_them(rows: int) -> None:
     a, b = quantize(gaussian(rows, 640), FP8_BLOCK128), quantize(gaussian(136, 640), FP8_BLOCK128_WEIGHT)
     out = poison(torch.empty(rows, 136, dtype=F32, device="cuda"))
-    tile = {"BM": 64, "BN": 64, "STAGES": 2, "GROUP": 4, "AS_HALF": True, "num_warps": 4}
+    tile = {"BM": 64, "BN": 64, "STAGES": 2, "GROUP": 4, "AS_HALF": True, "POW2": False, "num_warps": 4}
+    portable_gemm.launch(a.values, b.values, out, a_scales=a.scales, b_scales=b.scales, tile=tile)
+    assert relative_difference(out, exact(a.values, a.scales, b.values, b.scales)) < EXACT
+
+
+@pytest.mark.parametrize("bm", [16, 128])
+def test_powers_of_two_go_to_the_tensor_core_as_scales(bm: int) -> None:
+    """`tl.dot_scaled` as Triton emulates it on Hopper."""
+    a = quantize(gaussian(300, 640), Fp8Block(scale="pow2"))
+    b = quantize(gaussian(264, 640), Fp8Block(rows=128, scale="pow2"))
+    out = poison(torch.empty(300, 264, dtype=F32, device="cuda"))
+    tile = {"BM": bm, "BN": 128, "STAGES": 2, "GROUP": 4, "AS_HALF": False, "POW2": True}
+    tile["num_warps"] = 4 if bm == 16 else 8
     portable_gemm.launch(a.values, b.values, out, a_scales=a.scales, b_scales=b.scales, tile=tile)
     assert relative_difference(out, exact(a.values, a.scales, b.values, b.scales)) < EXACT
 
