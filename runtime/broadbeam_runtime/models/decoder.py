@@ -41,8 +41,13 @@ class DecoderLayer:
         self.attention_norm = RMSNorm.load(weights, "input_layernorm", shape.norm_eps)
         self.mlp_norm = RMSNorm.load(weights, "post_attention_layernorm", shape.norm_eps)
 
-    def __call__(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: Tensor, plan: Plan) -> Tensor:
+    def __call__(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: Tensor, plan: Plan, rows: Tensor | None = None
+    ) -> Tensor:
+        """x (tokens, hidden) through the layer; of its output only `rows`, if given."""
         x = x + self.attention(self.attention_norm(x), rotary, cache, plan)
+        if rows is not None:
+            x = x[rows]
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -80,9 +85,12 @@ class Decoder:
         """Run `plan` over cache (blocks, layers, block_size, width): float32 logits (sampled, vocab)."""
         x = F.embedding(plan.tokens, self.embedding)
         rotary = self.rotary.at(plan.positions)
-        for index, layer in enumerate(self.layers):
+        *layers, last = self.layers
+        for index, layer in enumerate(layers):
             x = layer(x, rotary, cache[:, index], plan)
-        return self.head(self.norm(x[plan.sample_rows])).float()
+        # What comes after the last layer's keys and values matters only where a token is sampled.
+        x = last(x, rotary, cache[:, len(layers)], plan, plan.sample_rows)
+        return self.head(self.norm(x)).float()
 
 
 def compute_dtype(shape: Architecture, wanted: str, device: torch.device) -> torch.dtype:
