@@ -1,8 +1,8 @@
 """FP8 block GEMM, dense and grouped: 1x128-scaled activations by 128x128-scaled weights.
 
-Up to 128 rows the weights' bytes bound it and `decode_gemm` runs; above, tensor cores do and
-`persistent_gemm` runs. Grouped forms: `contiguous` (each expert's rows stand together, padded to a block) and
-`masked` (a fixed number of slots per expert, a count of them in use).
+Up to 128 rows the weights' bytes bound it, above the tensor cores do: `fp8_products` chooses. Grouped
+forms: `contiguous` (each expert's rows stand together, padded to a block) and `masked` (a fixed number of
+slots per expert, a count of them in use).
 """
 
 from __future__ import annotations
@@ -10,12 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import decode_gemm, persistent_gemm, portable_gemm
+from . import fp8_products
 from .contracts import check, check_shape, check_tensor
 from .formats import Fp8Block, Quantized
-from .paths import matrix_path
 from .reference import gemm as oracle
-from .tuning import config
 
 E4M3 = (torch.float8_e4m3fn,)
 OUT_TYPES = (torch.bfloat16, torch.float16)
@@ -65,21 +63,14 @@ def fp8_gemm(
     weights, weight_scales = b.values.unsqueeze(0), b.scales.unsqueeze(0)
     _check_activations(a.values, a.scales)
     _check_weights(weights, weight_scales, a.values)
-    rows, n, k = a.shape[0], b.shape[0], a.shape[1]
+    rows, n = a.shape[0], b.shape[0]
     check(n % 8 == 0, f"n={n} is not a multiple of 8")
     out = _output(rows, n, a.values, out, dtype)
     if not out.is_cuda:
         return oracle.fp8_gemm(a.values, a.scales, weights, weight_scales, None, 0, out)
     if not rows or not n:
         return out
-    if matrix_path(out.device) == "portable":
-        portable_gemm.launch(a.values, b.values, out, a_scales=a.scales, b_scales=b.scales)
-        return out
-    tile = config("fp8_gemm", out.device, rows=rows, n=n, k=k)
-    if tile["KIND"] == "decode":
-        decode_gemm.launch(a.values, b.values, out, a.scales, b.scales, tile)
-    else:
-        persistent_gemm.launch(a.values, b.values, out, a_scales=a.scales, b_scales=b.scales, tile=tile)
+    fp8_products.launch(a.values, b.values, out, a_scales=a.scales, b_scales=b.scales)
     return out
 
 
@@ -110,8 +101,8 @@ def grouped_fp8_gemm(
     out = _output(rows, n, a, out, dtype)
     if not out.is_cuda:
         return oracle.fp8_gemm(a, a_scales, b, b_scales, experts, block, out)
-    if rows and matrix_path(out.device) == "portable":
-        portable_gemm.launch(
+    if rows:
+        fp8_products.launch(
             a,
             b.flatten(0, 1),
             out,
@@ -120,19 +111,6 @@ def grouped_fp8_gemm(
             grouping="contiguous",
             groups=experts,
             block_rows=block,
-        )
-    elif rows:
-        tile = config("grouped_fp8_gemm", out.device, rows=rows, n=n, k=a.shape[1], block=block)
-        persistent_gemm.launch(
-            a,
-            b.flatten(0, 1),
-            out,
-            a_scales=a_scales,
-            b_scales=b_scales,
-            grouping="contiguous",
-            groups=experts,
-            block_rows=block,
-            tile=tile,
         )
     return out
 
@@ -169,8 +147,8 @@ def masked_fp8_gemm(
     result = _output(experts * slots, n, a, flat, dtype)
     if not result.is_cuda:
         return oracle.masked_fp8_gemm(a, a_scales, b, b_scales, count, result)
-    if experts and slots and matrix_path(result.device) == "portable":
-        portable_gemm.launch(
+    if experts and slots:
+        fp8_products.launch(
             a.flatten(0, 1),
             b.flatten(0, 1),
             result,
@@ -179,18 +157,5 @@ def masked_fp8_gemm(
             grouping="masked",
             groups=count,
             slots=slots,
-        )
-    elif experts and slots:
-        tile = config("masked_fp8_gemm", result.device, rows=slots, n=n, k=k)
-        persistent_gemm.launch(
-            a.flatten(0, 1),
-            b.flatten(0, 1),
-            result,
-            a_scales=a_scales,
-            b_scales=b_scales,
-            grouping="masked",
-            groups=count,
-            slots=slots,
-            tile=tile,
         )
     return result.view(experts, slots, n)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+import logging
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -12,70 +12,13 @@ import torch
 from torch import Tensor
 
 from ..tuning import multiprocessors
-from .nvrtc import Function, cubin, native
+from .nvrtc import CudaError, Function, cubin, native
 from .tensor_map import tensor_map
+from .tiles import Tile, dense_tile, grouped_tile
 
 Grouping = Literal["dense", "contiguous", "masked"]
 
-SHARED_BYTES = 227 << 10  # what one block may have on sm_90
-MOST_STAGES = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Tile:
-    """Compile-time choices of the kernel, named as there; `group` and the grid are the launch's."""
-
-    n: int
-    shared: Literal["", "a", "b"] = ""  # what two tiles of a cluster fetch together
-    split: int = 1
-    a_rows: int = 128
-    group: int = 16
-    stages: int = MOST_STAGES
-    turns: int = 0
-
-    @property
-    def multicast(self) -> int:
-        return 2 if self.shared else 1
-
-    @property
-    def warpgroups(self) -> int:
-        return 2 if self.a_rows > 64 else 1
-
-    @property
-    def m(self) -> int:
-        return 64 * self.warpgroups
-
-    @property
-    def threads(self) -> int:
-        return 128 * (self.warpgroups + 1)
-
-    @property
-    def cluster(self) -> int:
-        return self.multicast * self.split
-
-    @property
-    def _out_bytes(self) -> int:
-        if self.split == 1:
-            return self.m * self.n * 2
-        return (self.split - 1) * -(-self.n // 8 // self.split) * self.m * 32
-
-    @property
-    def _stage_bytes(self) -> int:
-        return (self.m + self.n) * 128 + (self.m + 4) * 4 + 16
-
-    @property
-    def ring(self) -> int:
-        """Stages that fit beside the outgoing tile."""
-        return min(self.stages, (SHARED_BYTES - self._out_bytes) // self._stage_bytes)
-
-    @property
-    def shared_bytes(self) -> int:
-        return self._out_bytes + self.ring * self._stage_bytes
-
-    @property
-    def box(self) -> int:
-        """Columns of an output box: what one swizzle of the shared tile spans."""
-        return next(width for width in (64, 32, 16, 8) if self.n % width == 0)
+log = logging.getLogger(__name__)
 
 
 class _Problem(ctypes.Structure):
@@ -109,7 +52,7 @@ __device__ __forceinline__ void multiply(
 """
 
 
-def code(tile: Tile, grouping: Grouping, out_half: bool, arch: str) -> bytes:
+def code(tile: Tile, grouping: Grouping, packed: bool, out_half: bool, arch: str) -> bytes:
     """The kernel's machine code for these choices, compiled or from the disk."""
     return cubin(
         Path(__file__).with_suffix(".cu").read_text(),
@@ -119,11 +62,13 @@ def code(tile: Tile, grouping: Grouping, out_half: bool, arch: str) -> bytes:
             "STAGES": tile.ring,
             "WARPGROUPS": tile.warpgroups,
             "A_ROWS": tile.a_rows,
-            "MULTICAST": tile.multicast,
-            "SHARE_B": int(tile.shared == "b"),
+            "SHARE_A": int("a" in tile.shared),
+            "SHARE_B": int("b" in tile.shared),
             "SPLIT": tile.split,
             "GROUPING": ("dense", "contiguous", "masked").index(grouping),
+            "PACKED": int(packed),
             "OUT_HALF": int(out_half),
+            "PIPELINE": tile.pipeline,
             "TURNS": tile.turns if tile.warpgroups == 2 else 0,
         },
         arch,
@@ -131,9 +76,28 @@ def code(tile: Tile, grouping: Grouping, out_half: bool, arch: str) -> bytes:
 
 
 @cache
-def function(tile: Tile, grouping: Grouping, out_half: bool, device: int) -> Function:
-    """The kernel for these choices, loaded on `device`."""
-    return Function(code(tile, grouping, out_half, native(device)), "fp8_gemm", device, tile.shared_bytes)
+def function(tile: Tile, grouping: Grouping, packed: bool, out_half: bool, device: int) -> Function | None:
+    """The kernel for these choices, loaded on `device`; None, said once, where it cannot be had."""
+    try:
+        machine_code = code(tile, grouping, packed, out_half, native(device))
+        return Function(machine_code, "fp8_gemm", device, tile.shared_bytes)
+    except CudaError as error:
+        log.warning("no CUDA C++ kernel for %s, Triton's stands in: %s", tile, error)
+        return None
+
+
+@cache
+def _tile(rows: int, experts: int, n: int, steps: int, grouping: Grouping, device: int) -> Tile:
+    available = multiprocessors(device)
+    if grouping == "dense":
+        return dense_tile(rows, n, steps, available)
+    return grouped_tile(rows, experts, n, steps, available)
+
+
+def _packed(scales: Tensor) -> bool:
+    """Whether scales of four neighbouring rows can be copied at once: column-major, padded to 16 bytes."""
+    *outer, rows, steps = scales.stride()
+    return rows == 1 and scales.data_ptr() % 16 == 0 and steps % 4 == 0 and all(s % 4 == 0 for s in outer)
 
 
 def launch(
@@ -147,17 +111,21 @@ def launch(
     groups: Tensor | None = None,
     block_rows: int = 128,
     slots: int = 0,
-    tile: Tile,
-) -> None:
+    tile: Tile | None = None,
+) -> bool:
     """out (rows, n) = a (rows, k) @ b[expert] (n, k).T, with the arguments already checked.
 
     b is (experts * n, k) dense rows; a_scales (rows, k / 128), or (experts, slots, k / 128) when masked, with
     any strides; b_scales (experts, n / 128, k / 128) contiguous. `groups` as in `persistent_gemm.launch`.
+    `tile`: by cost where none is given. False: there is no such kernel, and nothing was launched.
     """
     rows, n = out.shape
+    tile = tile or _tile(rows, b.shape[0] // n, n, a.shape[1] // 128, grouping, a.device.index)
+    kernel = function(tile, grouping, _packed(a_scales), out.dtype == torch.float16, a.device.index)
+    if kernel is None:
+        return False
     masked = grouping == "masked"
-    tiles_m = -(-rows // (tile.m * (2 if tile.shared == "b" else 1)))
-    tiles_n = -(-n // (tile.n * (2 if tile.shared == "a" else 1)))
+    tiles_m, tiles_n = tile.clusters(rows, n)
     problem = _Problem(
         a_scales.data_ptr(),
         b_scales.data_ptr(),
@@ -179,13 +147,14 @@ def launch(
         out.stride(0),
     )
     maps = (
-        tensor_map(a, (tile.a_rows // (2 if tile.shared == "a" else 1), 128)),
-        tensor_map(b, (tile.n // (2 if tile.shared == "b" else 1), 128)),
+        tensor_map(a, (tile.a_rows // (2 if "a" in tile.shared else 1), 128)),
+        tensor_map(b, (tile.n // (2 if "b" in tile.shared else 1), 128)),
         tensor_map(out, (64, tile.box)),
     )
     clusters = tiles_m * tiles_n
     if tile.split == 1:
-        clusters = min(clusters, multiprocessors(a.device.index) // tile.cluster)
-    function(tile, grouping, out.dtype == torch.float16, a.device.index).launch(
+        clusters = min(clusters, kernel.clusters(tile.threads, tile.cluster))
+    kernel.launch(
         clusters * tile.cluster, tile.threads, (*(int(m.getPtr()) for m in maps), ctypes.addressof(problem))
     )
+    return True

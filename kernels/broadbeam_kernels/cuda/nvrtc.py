@@ -11,11 +11,14 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from cuda.bindings import driver, nvrtc
+
+from ..tuning import multiprocessors
 
 
 class CudaError(RuntimeError):
@@ -78,6 +81,23 @@ class Function:
             checked(driver.cuFuncSetAttribute(self._function, most, shared_bytes))
         self._device = device
         self._shared_bytes = shared_bytes
+
+    @cache  # noqa: B019 (kernels live as long as the process)
+    def clusters(self, threads: int, size: int) -> int:
+        """Clusters of `size` blocks that run at once on the device."""
+        if size == 1:
+            return multiprocessors(self._device)
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        dimensions = attribute.value.clusterDim
+        dimensions.x, dimensions.y, dimensions.z = size, 1, 1
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = size, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = self._shared_bytes
+        config.attrs = [attribute]
+        config.numAttrs = 1
+        return int(checked(driver.cuOccupancyMaxActiveClusters(self._function, config)))
 
     def launch(self, blocks: int, threads: int, arguments: tuple[int, ...]) -> None:
         """Queue on torch's current stream; `arguments` are the addresses of the parameters' values."""
