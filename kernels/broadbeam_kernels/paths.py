@@ -20,6 +20,7 @@ from triton.runtime import driver
 
 MatrixPath = Literal["hopper", "portable"]
 
+OLDEST = (8, 0)  # the first to multiply bf16
 HOPPER = (9, 0)
 FIRST_FP8 = (8, 9)  # below, tensor cores do not multiply e4m3: codes become fp16 in registers
 BLOCK_SCALED = (10, 12)  # major versions whose tensor cores apply the block scales themselves
@@ -52,7 +53,10 @@ def matrix_path(device: torch.device) -> MatrixPath:
     forced = _forced.get()
     if forced is not None:
         return forced
-    return "hopper" if _capability(_index(device)) == HOPPER else "portable"
+    found = _capability(_index(device))
+    if found < OLDEST:
+        raise ValueError(f"{device} has compute capability {found}, matrix products need {OLDEST} or later")
+    return "hopper" if found == HOPPER else "portable"
 
 
 def multiplies_fp8(device: torch.device) -> bool:

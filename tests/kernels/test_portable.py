@@ -215,3 +215,26 @@ def test_a_forced_path_holds_inside_its_block_alone() -> None:
         with paths.forced("hopper"):
             assert paths.matrix_path(device) == "hopper"
         assert paths.matrix_path(device) == "portable"
+
+
+@pytest.mark.parametrize(
+    ("capability", "path", "native"),
+    [
+        ((8, 0), "portable", False),
+        ((9, 0), "hopper", False),
+        ((10, 3), "portable", True),
+        ((12, 0), "portable", True),
+    ],
+)
+def test_the_path_follows_from_the_compute_capability(
+    capability: tuple[int, int], path: str, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paths, "_capability", lambda _index: capability)
+    device = torch.device("cuda", 0)
+    assert (paths.matrix_path(device), paths.multiplies_block_scaled(device)) == (path, native)
+
+
+def test_a_gpu_without_bf16_products_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "_capability", lambda _index: (7, 5))
+    with pytest.raises(ValueError, match=r"compute capability \(7, 5\), matrix products need \(8, 0\)"):
+        paths.matrix_path(torch.device("cuda", 0))
