@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..tuning import multiprocessors
-from .nvrtc import CudaError, Function, cubin, native
+from .nvrtc import Function, cubin, native
 from .tensor_map import tensor_map
 from .tiles import Tile, dense_tile, grouped_tile
 
@@ -81,7 +81,7 @@ def function(tile: Tile, grouping: Grouping, packed: bool, out_half: bool, devic
     try:
         machine_code = code(tile, grouping, packed, out_half, native(device))
         return Function(machine_code, "fp8_gemm", device, tile.shared_bytes)
-    except CudaError as error:
+    except RuntimeError as error:  # the compiler's or the driver's refusal, or a library that is not there
         log.warning("no CUDA C++ kernel for %s, Triton's stands in: %s", tile, error)
         return None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import tempfile
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ import torch
 from cuda.bindings import driver, nvrtc
 
 from ..tuning import multiprocessors
+
+log = logging.getLogger(__name__)
 
 
 class CudaError(RuntimeError):
@@ -62,11 +65,19 @@ def cubin(source: str, headers: Mapping[str, str], defines: Mapping[str, int], a
     if path.exists():
         return path.read_bytes()
     code = _compile(source, headers, options)
+    try:
+        _keep(path, code)
+    except OSError as error:
+        log.warning("compiled kernels cannot be kept in %s: %s", path.parent, error)
+    return code
+
+
+def _keep(path: Path, code: bytes) -> None:
+    """Write whole or not at all, whoever else compiles the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as written:
         written.write(code)
-    os.replace(written.name, path)  # whole or not at all, whoever else compiles the same
-    return code
+    os.replace(written.name, path)
 
 
 class Function:
