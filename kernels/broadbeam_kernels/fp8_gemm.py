@@ -70,7 +70,8 @@ def fp8_gemm(
         return oracle.fp8_gemm(a.values, a.scales, weights, weight_scales, None, 0, out)
     if not rows or not n:
         return out
-    fp8_products.launch(a.values, b.values, out, a_scales=a.scales, b_scales=b.scales)
+    pow2 = all(isinstance(q.format, Fp8Block) and q.format.scale == "pow2" for q in (a, b))
+    fp8_products.launch(a.values, b.values, out, a_scales=a.scales, b_scales=b.scales, pow2=pow2)
     return out
 
 

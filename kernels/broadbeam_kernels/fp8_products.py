@@ -52,10 +52,11 @@ def launch(
     groups: Tensor | None = None,
     block_rows: int = 128,
     slots: int = 0,
+    pow2: bool = False,
 ) -> None:
     """out (rows, n) = a (rows, k) @ b[expert] (n, k).T, e4m3, with the arguments already checked.
 
-    Operands as `persistent_gemm.launch` takes them.
+    Operands as `persistent_gemm.launch` takes them; `pow2`: all scales are powers of two.
     """
     operands: dict[str, Any] = {
         "a_scales": a_scales,
@@ -65,7 +66,7 @@ def launch(
         "slots": slots,
     }
     if matrix_path(out.device) == "portable":
-        portable_gemm.launch(a, b, out, grouping=grouping, **operands)
+        portable_gemm.launch(a, b, out, grouping=grouping, pow2=pow2, **operands)
         return
     streams = grouping == "dense" and out.shape[0] <= FEW_ROWS
     cuda = None if streams else _cuda()
