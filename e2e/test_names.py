@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from broadbeam_crds.conventions import API_GROUP
-from cluster import Cluster, Object, eventually
+from cluster import Cluster, Object, Serving, eventually
 from manifests import namespace, pool, simulated
 
 NAMESPACE = "e2e-names"
@@ -31,6 +31,12 @@ def small(name: str, pool_name: str) -> Object:
     return manifest
 
 
+def taken(serving: Serving) -> str | None:
+    """What the operator says of a name that it cannot have."""
+    found = serving.condition("Progressing") or {}
+    return str(found["message"]) if found.get("reason") == "NameTaken" else None
+
+
 def owner(home: Cluster, workload: str) -> str | None:
     found = home.get(f"/apis/apps/v1/namespaces/{NAMESPACE}/statefulsets/{workload}")
     return found["metadata"]["ownerReferences"][0]["name"] if found else None
@@ -42,10 +48,9 @@ def test_the_second_cluster_waits_for_the_name_and_says_whose_it_is(home: Cluste
     eventually(lambda: owner(home, "a-b-c-0") == "a", 30, "the first has its group")
 
     home.apply(small("a-b", "c"))
-    refused = eventually(lambda: second.condition("Accepted"), 30, "the operator has looked")
+    message = eventually(lambda: taken(second), 30, "the operator has tried")
 
-    assert (refused["status"], refused["reason"]) == ("False", "NameTaken")
-    assert 'StatefulSet "a-b-c-0" of this cluster belongs to ServingCluster "a"' in refused["message"]
+    assert 'of this cluster belongs to ServingCluster "a"; rename the cluster or its pool' in message
     assert owner(home, "a-b-c-0") == "a"
     assert second.pods() == []
 
@@ -61,9 +66,9 @@ def test_a_service_that_a_person_made_stays_as_it_is(home: Cluster) -> None:
     mine = home.serving(NAMESPACE, "mine")
 
     home.apply(small("mine", "both"))
-    refused = eventually(lambda: mine.condition("Accepted"), 30, "the operator has looked")
+    message = eventually(lambda: taken(mine), 30, "the operator has tried")
 
-    assert 'Service "mine-gateway" of this cluster is there already and not ours' in refused["message"]
+    assert 'Service "mine-gateway" of this cluster is there already and not ours' in message
     service = home.get(f"/api/v1/namespaces/{NAMESPACE}/services/mine-gateway")
     assert service is not None
     assert f"{API_GROUP}/cluster" not in service["metadata"]["labels"]

@@ -75,6 +75,10 @@ class ClusterError(Exception):
         self.status = status
 
 
+class NameTakenError(ClusterError):
+    """A child cannot be made, for an object of another owner has its name."""
+
+
 class Cluster(Protocol):
     """Every method raises ClusterError, and nothing else, when the cluster refuses or cannot be reached."""
 
@@ -86,10 +90,11 @@ class Cluster(Protocol):
     ) -> Sequence[Object]:
         """Objects with all of `labels`, apiVersion and kind filled in; namespace None means all."""
 
-    async def apply(self, obj: Object) -> Object:
+    async def apply(self, obj: Object, new: bool = False) -> Object:
         """Server-side apply under our field manager, with force; the object as it is stored afterwards.
 
-        What an earlier apply of ours set and this one lacks is removed; what others set stays.
+        What an earlier apply of ours set and this one lacks is removed; what others set stays. `new`: only
+        where there is no object of that name, and else ClusterError 409.
         """
 
     async def delete(self, kind: Kind, namespace: str, name: str, uid: str | None = None) -> bool:

@@ -10,9 +10,9 @@ from broadbeam_operator import names
 from broadbeam_operator.cluster import Object
 
 
-def must_apply(wanted: Object, live: Object | None) -> bool:
+def must_apply(wanted: Object, live: Object) -> bool:
     """The hash tells what we have dropped since; comparing values tells what others have changed."""
-    return live is None or applied_hash(live) != applied_hash(wanted) or not holds(live, wanted)
+    return applied_hash(live) != applied_hash(wanted) or not holds(live, wanted)
 
 
 def applied_hash(obj: Object) -> str | None:

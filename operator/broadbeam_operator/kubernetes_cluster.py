@@ -60,8 +60,11 @@ class KubernetesCluster:
                 return found
             query["continue"] = token
 
-    async def apply(self, obj: Object) -> Object:
+    async def apply(self, obj: Object, new: bool = False) -> Object:
         meta = obj["metadata"]
+        if new:
+            # No object has this version: one that is there is another (409), and a new one gets its own.
+            obj = {**obj, "metadata": {**meta, "resourceVersion": "1"}}
         target = path(kind_of(obj), meta["namespace"], meta["name"])
         stored = await self._write("PATCH", f"{target}?{_OURS}", obj, APPLY)
         assert stored is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from broadbeam_operator import names
@@ -57,26 +57,3 @@ def owned_by(obj: Object, uid: str) -> bool:
 
 def reference(obj: Object) -> Reference:
     return kind_of(obj), obj["metadata"]["name"]
-
-
-async def taken_names(cluster: Cluster, seen: Observed, wanted: Iterable[Object]) -> list[str]:
-    """Why children that are yet to be made cannot be: each name that somebody else's object has.
-
-    Cluster a with pool b-c wants the names that cluster a-b with pool c has, and a person may have made a
-    Service of that name: applying would take it over.
-    """
-    new = [each for each in map(reference, wanted) if each not in seen.children]
-    found = await asyncio.gather(*(cluster.get(kind, seen.namespace, name) for kind, name in new))
-    uid = seen.resource["metadata"]["uid"]
-    return [_whose(obj, seen) for obj in found if obj is not None and not owned_by(obj, uid)]
-
-
-def _whose(obj: Object, seen: Observed) -> str:
-    head = f'metadata.name: {obj["kind"]} "{obj["metadata"]["name"]}" of this cluster'
-    owners = obj["metadata"].get("ownerReferences") or ()
-    if not owners:
-        return f"{head} is there already and not ours; delete it, or rename the cluster"
-    kind, name = owners[0]["kind"], owners[0]["name"]
-    if (kind, name) == (SERVING_CLUSTER.kind, seen.name):
-        return f"{head} is still that of an earlier one of its name, and will go"
-    return f'{head} belongs to {kind} "{name}"; rename the cluster or its pool'

@@ -19,7 +19,8 @@ from broadbeam_operator.observe import Observed, Reference, reference
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    apply: Sequence[Object] = ()  # new or changed children
+    create: Sequence[Object] = ()  # children that there are not
+    apply: Sequence[Object] = ()  # changed children
     prune: Sequence[Object] = ()  # children that are no longer wanted
     replace: Sequence[Object] = ()  # pods of groups that are to start anew
     gates: Sequence[tuple[Object, bool]] = ()  # pods and the readiness gate to set
@@ -27,7 +28,7 @@ class Plan:
 
     @property
     def changes(self) -> int:
-        return len(self.apply) + len(self.prune) + len(self.replace)
+        return len(self.create) + len(self.apply) + len(self.prune) + len(self.replace)
 
 
 def plan(
@@ -35,9 +36,15 @@ def plan(
 ) -> Plan:
     """`endpoints` is where the gateway finds the ranks without Kubernetes."""
     desired = {reference(obj): obj for obj in manifests(wanted, images, endpoints)}
+    live = seen.children
     replaced = replacements(groups(seen), wanted)
     return Plan(
-        apply=[obj for key, obj in desired.items() if must_apply(obj, seen.children.get(key))],
+        create=[obj for key, obj in desired.items() if key not in seen.children],
+        apply=[
+            obj
+            for key, obj in desired.items()
+            if key in seen.children and must_apply(obj, seen.children[key])
+        ],
         prune=prunable(seen, desired),
         replace=[pod for group in replaced for pod in group.pods],
         gates=gates(seen),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from broadbeam_crds.gateway_config import FileEndpoints
@@ -12,7 +12,7 @@ from broadbeam_operator.apply import apply
 from broadbeam_operator.cluster import SERVING_CLUSTER, Cluster, ClusterError, Object
 from broadbeam_operator.images import Images
 from broadbeam_operator.kv_effect import KVWatch
-from broadbeam_operator.observe import Observed, observe, taken_names
+from broadbeam_operator.observe import Observed, observe
 from broadbeam_operator.plan import Plan, idle_plan, plan
 from broadbeam_operator.status import not_applied, refused, status
 from broadbeam_operator.transitions import transitions
@@ -50,20 +50,12 @@ async def reconcile(operator: Operator, namespace: str, name: str) -> Pass | Non
         return None
     wanted = accept(seen.resource)
     if isinstance(wanted, Refused):
-        return await _refuse(operator, seen, "Refused", wanted.messages)
+        report = refused(seen, "Refused", wanted.messages, operator.now())
+        return await _carry_out(operator, seen, idle_plan(seen), report)  # what runs keeps running
     steps = plan(seen, wanted, operator.images, operator.endpoints)
-    if taken := await taken_names(operator.cluster, seen, steps.apply):
-        done = await _refuse(operator, seen, "NameTaken", taken)
-        return replace(done, error=done.error or taken[0])
     effect = await operator.kv.look(seen, wanted.spec.engine.name) if wanted.spec.disaggregated else None
     report = status(seen, wanted, steps, operator.images, effect, operator.now())
     return await _carry_out(operator, seen, steps, report)
-
-
-async def _refuse(operator: Operator, seen: Observed, reason: str, messages: Sequence[str]) -> Pass:
-    """What runs keeps running."""
-    report = refused(seen, reason, messages, operator.now())
-    return await _carry_out(operator, seen, idle_plan(seen), report)
 
 
 async def _carry_out(operator: Operator, seen: Observed, steps: Plan, report: Object) -> Pass:
@@ -71,14 +63,14 @@ async def _carry_out(operator: Operator, seen: Observed, steps: Plan, report: Ob
     if error is not None:
         report = not_applied(report, seen, error, operator.now())
     await tell(operator.cluster, seen, report)
-    return Pass(steps, report, error)
+    return Pass(steps, report, None if error is None else str(error))
 
 
-async def _try(operator: Operator, steps: Plan) -> str | None:
+async def _try(operator: Operator, steps: Plan) -> ClusterError | None:
     try:
         await apply(operator.cluster, steps, operator.now())
     except ClusterError as error:
-        return str(error)
+        return error
     return None
 
 

@@ -17,7 +17,7 @@ from broadbeam_crds.v1alpha1 import (
     Summary,
 )
 from broadbeam_operator import names, pods
-from broadbeam_operator.cluster import DEPLOYMENT, Object, timestamp
+from broadbeam_operator.cluster import DEPLOYMENT, ClusterError, NameTakenError, Object, timestamp
 from broadbeam_operator.groups import Group, gateway_pods, groups
 from broadbeam_operator.images import Images
 from broadbeam_operator.kv_effect import Verdict
@@ -110,9 +110,10 @@ def refused(seen: Observed, reason: str, messages: Sequence[str], now: datetime)
     }
 
 
-def not_applied(report: Object, seen: Observed, error: str, now: datetime) -> Object:
+def not_applied(report: Object, seen: Observed, error: ClusterError, now: datetime) -> Object:
     """`report` with the reason why the cluster did not take what we sent."""
-    finding = Finding("Progressing", True, "ApplyFailed", error[:MAX_MESSAGE])
+    reason = "NameTaken" if isinstance(error, NameTakenError) else "ApplyFailed"
+    finding = Finding("Progressing", True, reason, str(error)[:MAX_MESSAGE])
     dated = _dated([finding], seen, now)[0].wire()
     conditions = [dated if each["type"] == "Progressing" else each for each in report["conditions"]]
     return {**report, "conditions": conditions}

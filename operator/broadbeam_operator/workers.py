@@ -108,7 +108,7 @@ class Workers:
             log.info(
                 "%s/%s: applied %d, pruned %d, replaced %d pods",
                 *key,
-                len(done.plan.apply),
+                len(done.plan.create) + len(done.plan.apply),
                 len(done.plan.prune),
                 len(done.plan.replace),
             )

@@ -38,11 +38,11 @@ class CountingStore(Store):
         self.writes: list[str] = []
         self.refuse: set[tuple[str, str]] = set()
 
-    async def apply(self, obj: Object) -> Object:
+    async def apply(self, obj: Object, new: bool = False) -> Object:
         self.writes.append(f"apply {obj['kind']} {obj['metadata']['name']}")
         if (obj["kind"], obj["metadata"]["name"]) in self.refuse:
             raise ClusterError("admission webhook said no", 403)
-        return await super().apply(obj)
+        return await super().apply(obj, new)
 
     async def delete(self, kind: Kind, namespace: str, name: str, uid: str | None = None) -> bool:
         self.writes.append(f"delete {kind.kind} {name}")

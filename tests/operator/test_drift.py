@@ -43,12 +43,11 @@ def stamped(digest: str, **fields: object) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("live", "apply"),
     [
-        pytest.param(None, True, id="missing"),
         pytest.param(stamped("one", spec=1), False, id="the same"),
         pytest.param(stamped("two", spec=1), True, id="a field was dropped since"),
         pytest.param(stamped("one", spec=2), True, id="somebody changed it"),
         pytest.param({"metadata": {}, "spec": 1}, True, id="never applied by us"),
     ],
 )
-def test_an_object_is_applied_when_missing_changed_or_rendered_otherwise(live, apply):
+def test_an_object_is_applied_when_changed_or_rendered_otherwise(live, apply):
     assert must_apply(stamped("one", spec=1), live) is apply

@@ -185,8 +185,8 @@ def test_a_fresh_cluster_applies_everything():
     cluster = serving_cluster()
     wanted = manifests(cluster, Images())
     steps = plan(observed([], []), cluster, Images())
-    assert list(steps.apply) == wanted
-    assert (list(steps.prune), list(steps.replace)) == ([], [])
+    assert list(steps.create) == wanted
+    assert (list(steps.apply), list(steps.prune), list(steps.replace)) == ([], [], [])
 
 
 def test_only_what_has_changed_is_applied():

@@ -40,7 +40,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 - apiGroups: [serving.broadbeam.io]
   resources: [servingclusters/finalizers]
   verbs: [update]
-# Before a child is made, a look whether somebody else has one of its name.
+# get: where a child cannot be made, a look whose object has its name.
 - apiGroups: [apps]
   resources: [deployments, statefulsets]
   verbs: [get, list, watch, create, patch, delete]

@@ -17,7 +17,7 @@ from broadbeam_operator.cluster import POD, ClusterError, Kind, Object, kind_of,
 Key = tuple[str, str, str]  # plural, namespace, name
 SECRET = Kind("v1", "Secret", "secrets")  # the operator itself never touches one
 MAX_EVENTS = 500
-INVALID = 422
+CONFLICT, INVALID = 409, 422
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Store:
     ) -> Sequence[Object]:
         return self.select(kind, namespace, labels)
 
-    async def apply(self, obj: Object) -> Object:
+    async def apply(self, obj: Object, new: bool = False) -> Object:
         """Merge `obj`; what our last apply had and this one lacks goes, lists are replaced whole."""
         wanted = copy.deepcopy(obj)
         wanted.pop("status", None)
@@ -66,6 +66,8 @@ class Store:
         entry = self._entries.get(key)
         if entry is None:
             return self._create(key, wanted, applied=wanted)
+        if new:
+            raise _exists(key)
         merged = merge(without(entry.obj, entry.applied, wanted), wanted)
         _refuse_immutable(entry.obj, merged)
         entry.applied = wanted
@@ -125,7 +127,7 @@ class Store:
         """ClusterError 409 if there is one of that name."""
         key = _key(obj)
         if key in self._entries:
-            raise ClusterError(f"{key[0]} {key[2]!r} already exists", 409)
+            raise _exists(key)
         return self._create(key, copy.deepcopy(obj))
 
     def set_status(self, obj: Object, status: Object) -> None:
@@ -240,6 +242,10 @@ def _refuse_immutable(before: Object, after: Object) -> None:
         for fixed in ("selector", "serviceName", "podManagementPolicy"):
             if before["spec"].get(fixed) != after["spec"].get(fixed):
                 raise ClusterError(f"{name}: spec.{fixed} is immutable", INVALID)
+
+
+def _exists(key: Key) -> ClusterError:
+    return ClusterError(f"{key[0]} {key[2]!r} already exists", CONFLICT)
 
 
 def _content(obj: Object) -> Object:
