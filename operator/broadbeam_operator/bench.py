@@ -1,8 +1,8 @@
 """Figures of the operator on a real API server, as JSON lines: `python -m broadbeam_operator.bench`.
 
 BROADBEAM_E2E_KUBECONFIG names the cluster; it must have the CRD, and its namespace `default` is used. Without
-it, a clone starts a control plane of its own (e2e/with_cluster.py). With `--write` the lines replace
-operator/baselines.jsonl.
+it, a clone starts a control plane of its own (e2e/with_cluster.py). With `--write` the lines take
+the place of this bench's lines in operator/baselines.jsonl.
 """
 
 from __future__ import annotations
@@ -191,6 +191,12 @@ def resident_mb(pid: int) -> float:
     raise ValueError(f"process {pid} has no VmRSS")
 
 
+def other_lines() -> str:
+    """Of the baselines: those that another bench keeps in the same file."""
+    rows = BASELINES.read_text().splitlines(keepends=True) if BASELINES.exists() else []
+    return "".join(row for row in rows if json.loads(row)["bench"] != "operator")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="broadbeam_operator.bench", description=__doc__)
     parser.add_argument("--write", action="store_true", help="keep the lines in operator/baselines.jsonl")
@@ -210,7 +216,7 @@ def main() -> int:
     text = "".join(json.dumps(each) + "\n" for each in lines)
     sys.stdout.write(text)
     if arguments.write:
-        BASELINES.write_text(text)
+        BASELINES.write_text(text + other_lines())
     return 0 if all(each.get("ok", True) for each in lines) else 1
 
 

@@ -39,12 +39,8 @@ def plan(
     live = seen.children
     replaced = replacements(groups(seen), wanted)
     return Plan(
-        create=[obj for key, obj in desired.items() if key not in seen.children],
-        apply=[
-            obj
-            for key, obj in desired.items()
-            if key in seen.children and must_apply(obj, seen.children[key])
-        ],
+        create=[obj for key, obj in desired.items() if key not in live],
+        apply=[obj for key, obj in desired.items() if key in live and must_apply(obj, live[key])],
         prune=prunable(seen, desired),
         replace=[pod for group in replaced for pod in group.pods],
         gates=gates(seen),
