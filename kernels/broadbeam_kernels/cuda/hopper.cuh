@@ -67,11 +67,23 @@ __device__ __forceinline__ void fetch_box(u32 to, const TensorMap* map, int x, i
       : "memory");
 }
 
+// A run of bytes. ONCE: nobody reads them again, so the next ones may take their place in L2 before all else.
+template <bool ONCE>
 __device__ __forceinline__ void fetch_run(u32 to, const void* from, u32 bytes, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
-      "r"(bytes), "r"(barrier)
-      : "memory");
+  if constexpr (ONCE) {
+    u64 policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+            "r"(to),
+        "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+        : "memory");
+  } else {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+        "r"(bytes), "r"(barrier)
+        : "memory");
+  }
 }
 
 __device__ __forceinline__ void store_box(const TensorMap* map, int x, int y, u32 from) {
