@@ -17,7 +17,13 @@ from broadbeam_kernels.fp4_weights import Fp4Weights, decode_fp4_weights, prepar
 from broadbeam_kernels.quantize import quantize
 from broadbeam_kernels.testing import gaussian, poison, relative_difference
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+        reason="needs a Hopper GPU",
+    ),
+]
 
 BF16 = torch.bfloat16
 BOUND = 4e-3  # bf16 output alone is 1.7e-3 away
