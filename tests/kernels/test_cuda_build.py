@@ -69,6 +69,6 @@ def test_experts_side_by_side_never_share_weights() -> None:
     assert all("b" not in grouped_tile(4096, 32, n, k // 128, 132).shared for n, k in SHAPES)
 
 
-@pytest.mark.parametrize(("each", "rows_of_tiles"), [(128, 1), (256, 2), (640, 4), (8192, 16)])
+@pytest.mark.parametrize(("each", "rows_of_tiles"), [(128, 1), (256, 2), (8192, 2)])
 def test_a_band_is_no_higher_than_an_expert(each: int, rows_of_tiles: int) -> None:
     assert grouped_tile(8 * each, 8, 4096, 56, 132).group == rows_of_tiles

@@ -28,10 +28,9 @@ BOUND = 4e-3  # as in test_gemm_gpu.py
 TWO = {"pipeline": 1}  # two sets of registers for products
 TILES = [
     Tile(64, **TWO),
-    Tile(96, "a", **TWO),
-    Tile(112, "b", **TWO),
+    *(Tile(n, shared, **TWO) for n in (96, 112) for shared in ("", "b")),
     *(Tile(128, shared, **TWO) for shared in ("", "a", "b", "ab")),
-    Tile(160, "a"),
+    Tile(160),
     Tile(160, "b"),
     *(Tile(176, shared, turns=2) for shared in ("", "a", "ab")),
     *(Tile(192, shared) for shared in ("", "a", "b")),

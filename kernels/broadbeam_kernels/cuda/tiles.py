@@ -1,9 +1,9 @@
 """Which tile an FP8 product takes: the one whose waves over the multiprocessors cost the fewest cycles.
 
-The costs are cycles measured on an H100 under load, where tiles of 128 columns keep two products in flight
-(600 for the 512 cycles that the tensor cores need) and wider ones one (870 for 768 at 192). Tiles whose
-neighbours share A or B fetch a quarter to a third less from L2, which bounds long sums; alone they waste no
-neighbour and wait for none.
+The costs are cycles measured on an H100 under load. Tiles up to 128 columns keep two products in flight (600
+cycles for the 512 that the tensor cores need), wider ones one (885 for 768 at 192). Two tiles that share A or
+B fetch a quarter to a third less from L2 but wait for each other, which pays only for sums of a middling
+length in many waves.
 """
 
 from __future__ import annotations
@@ -18,11 +18,20 @@ MOST_STAGES = 8
 Shared = Literal["", "a", "b", "ab"]
 
 # Columns of a tile -> cycles of one step (128 of k) with 128 rows.
-STEP_CYCLES = {64: 400, 96: 487, 112: 570, 128: 600, 160: 781, 176: 855, 192: 870}
+STEP_CYCLES = {64: 400, 96: 487, 112: 570, 128: 600, 160: 781, 176: 855, 192: 885}
 COLUMN_CYCLES = 5.5  # a column, of writing a tile and beginning the next
-ALONE = 1.12  # a step where nothing is shared, sums are long and every multiprocessor fetches
-TOGETHER = 1.03  # a step of two blocks that wait for each other
-LONG = 32  # steps
+
+LONG, VERY_LONG = 32, 100  # steps
+MANY_WAVES = 6
+ALONE = 1.05  # a step of a long sum in many waves that shares nothing
+LEAN = 0.97  # the same with a wide tile, which fetches less for each product
+TOGETHER = 1.04  # a step of two blocks that wait for each other
+WIDE = 1.06  # a step of a very long sum with one product in flight
+STREAMED = 1.05  # a step of a narrow tile where experts have so few rows that their weights bound it
+
+BAND = 16  # rows of tiles walked together
+BAND_VERY_LONG = 8  # more of A does not stay in L2 beside B: 819 against 744 us at 4096 x 7168 x 16384
+BAND_GROUPED = 2  # the weights of one expert do stay: 806 against 744 us with 4 x 8192 rows, 7168 x 2048
 
 # The same up to 128 rows, where latency and weight bytes bound it.
 FEW_ROWS_STEP_CYCLES = {32: 130, 64: 200}
@@ -90,12 +99,21 @@ class Tile:
         return -(-rows // high), -(-n // wide)
 
 
-def _many_rows(shareable: tuple[Shared, ...]) -> list[Tile]:
+def _alone(steps: int) -> list[Tile]:
+    group = BAND_VERY_LONG if steps >= VERY_LONG else BAND
     return [
-        Tile(n, shared, pipeline=1 if n <= 128 else 0, turns=2 if n == 176 else 0)
-        for n in STEP_CYCLES
-        for shared in shareable
-        if n > 64 or not shared
+        Tile(n, pipeline=1 if n <= 128 else 0, turns=2 if n == 176 else 0, group=group) for n in STEP_CYCLES
+    ]
+
+
+def _together(steps: int) -> list[Tile]:
+    """Of equal cost, narrow tiles do better with a shared A and wide ones with a shared B."""
+    sharing: dict[bool, tuple[Shared, Shared]] = {True: ("a", "b"), False: ("b", "a")}
+    return [
+        replace(tile, shared=shared)
+        for tile in _alone(steps)
+        if tile.n > 64
+        for shared in sharing[tile.n <= 128]
     ]
 
 
@@ -110,13 +128,24 @@ def _few_rows(rows: int) -> list[Tile]:
     ]
 
 
-def _cycles(tile: Tile, rows: int, n: int, steps: int, multiprocessors: int) -> float:
+def _fetching(tile: Tile, steps: int, waves: int) -> float:
+    """What fetching adds to a step, as a factor."""
+    if steps >= VERY_LONG:
+        return (TOGETHER if tile.shared else 1.0) * (WIDE if tile.n > 128 else 1.0)
+    if steps >= LONG and waves > MANY_WAVES:
+        return (1.0 if tile.shared else ALONE) * (LEAN if tile.n > 128 else 1.0)
+    return TOGETHER if tile.shared else 1.0
+
+
+def _many_rows_cycles(tile: Tile, rows: int, n: int, steps: int, multiprocessors: int) -> float:
     high, wide = tile.clusters(rows, n)
     waves = -(-high * wide // (multiprocessors // tile.cluster))
-    if rows > 128:
-        crowded = steps >= LONG and waves > 1
-        fetching = TOGETHER if tile.shared else ALONE if crowded else 1.0
-        return waves * (steps * STEP_CYCLES[tile.n] * fetching + COLUMN_CYCLES * tile.n)
+    return waves * (steps * STEP_CYCLES[tile.n] * _fetching(tile, steps, waves) + COLUMN_CYCLES * tile.n)
+
+
+def _few_rows_cycles(tile: Tile, rows: int, n: int, steps: int, multiprocessors: int) -> float:
+    high, wide = tile.clusters(rows, n)
+    waves = -(-high * wide // (multiprocessors // tile.cluster))
     step = FEW_ROWS_STEP_CYCLES[tile.n]
     if tile.split == 1:
         return waves * (steps * step + COLUMN_CYCLES * tile.n) + BLOCK_CYCLES
@@ -126,16 +155,23 @@ def _cycles(tile: Tile, rows: int, n: int, steps: int, multiprocessors: int) -> 
 @cache
 def dense_tile(rows: int, n: int, steps: int, multiprocessors: int) -> Tile:
     """The tile of a product (rows, 128 * steps) @ (n, 128 * steps).T."""
-    tiles = _many_rows(("a", "b", "")) if rows > 128 else _few_rows(rows)
-    tiles = [tile for tile in tiles if tile.split <= steps]
-    return min(tiles, key=lambda tile: _cycles(tile, rows, n, steps, multiprocessors))
+    if rows <= 128:
+        few = [tile for tile in _few_rows(rows) if tile.split <= steps]
+        return min(few, key=lambda tile: _few_rows_cycles(tile, rows, n, steps, multiprocessors))
+    return min(
+        [*_alone(steps), *_together(steps)],
+        key=lambda tile: _many_rows_cycles(tile, rows, n, steps, multiprocessors),
+    )
 
 
 @cache
 def grouped_tile(rows: int, experts: int, n: int, steps: int, multiprocessors: int) -> Tile:
-    """The tile of `rows` rows in all, spread over `experts`: neighbours below may have another expert's B."""
-    best = min(
-        _many_rows(("a", "")), key=lambda tile: _cycles(tile, max(rows, 129), n, steps, multiprocessors)
-    )
-    each = max(1, rows // experts // best.m)
-    return replace(best, group=min(16, 1 << (each.bit_length() - 1)))
+    """The tile of `rows` rows in all, spread over `experts`."""
+    each = max(1, rows // experts // 128)  # rows of tiles
+
+    def cycles(tile: Tile) -> float:
+        streamed = STREAMED if each <= 2 and tile.n <= 128 else 1.0
+        waves = -(-(-(-rows // 128) * -(-n // tile.n)) // multiprocessors)
+        return waves * (steps * STEP_CYCLES[tile.n] * streamed + COLUMN_CYCLES * tile.n)
+
+    return replace(min(_alone(steps), key=cycles), group=min(BAND_GROUPED, each))
