@@ -123,6 +123,17 @@ async def test_apply_is_server_side_and_forced(tmp_path):
     ]
 
 
+async def test_what_must_be_new_is_sent_with_a_version_that_nothing_has(tmp_path):
+    api, meta = Api(), {"name": "c", "namespace": "a"}
+    api.answers["PATCH", "/api/v1/namespaces/a/configmaps/c"] = [(409, STATUS)]
+    async with served(tmp_path, api) as cluster:
+        with pytest.raises(ClusterError) as caught:
+            await cluster.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta}, new=True)
+    assert caught.value.status == 409
+    assert api.requests[0][3]["metadata"] == {**meta, "resourceVersion": "1"}
+    assert "resourceVersion" not in meta
+
+
 @pytest.mark.parametrize(("status", "done"), [(200, True), (404, False), (409, False)])
 async def test_delete_tells_whether_there_was_one(tmp_path, status, done):
     api = Api()
