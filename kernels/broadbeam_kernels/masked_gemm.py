@@ -90,8 +90,8 @@ def masked_gemm(a: Tensor, b: Tensor, count: Tensor, out: Tensor | None = None) 
 def _block(slots: int, expected_rows: int | None) -> int:
     """The smallest block for the rows an expert is expected to have, not so small that looks at blocks cost.
 
-    Of 1024 slots with 16 in use, 64 blocks of 16 an expert took 254 us and 16 of 64 took 167, where 16 slots
-    alone take 112 (32 experts, 7168x2048, H100, Gluon); blocks of 128 took 666, for their decoding.
+    Of 1024 slots with 16 in use, 64 blocks of 16 an expert took 242 us and 16 of 64 took 163, where 16 slots
+    alone take 109 (32 experts, 7168x2048, H100).
     """
     fitting = [block for block in BLOCKS if slots % block == 0]
     check(bool(fitting), f"slots={slots} is not a multiple of {BLOCKS[0]}")
@@ -119,4 +119,4 @@ def masked_fp4_gemm(x: Tensor, w: Weights, count: Tensor, expected_rows: int | N
             scaled_gemm.launch(x.flatten(0, 1), w, out, grouping="masked", groups=count, slots=slots)
         return out.view(experts, slots, w.shape[1])
     table = used_blocks(count, slots, _block(slots, expected_rows))
-    return grouped_fp4_gemm(x.flatten(0, 1), w, table).view(experts, slots, w.shape[1])
+    return grouped_fp4_gemm(x.flatten(0, 1), w, table, sparse=True).view(experts, slots, w.shape[1])
