@@ -47,6 +47,8 @@ BF16 = {"a_ptr": "*bf16", "b_ptr": "*bf16"}
     ("capability", "types", "grouping", "instruction"),
     [
         pytest.param(80, CODES, "dense", "m16n8k16.row.col.f32.f16.f16", id="sm_80 fp8, multiplied in fp16"),
+        pytest.param(80, BF16, "contiguous", "m16n8k16.row.col.f32.bf16.bf16", id="sm_80 bf16"),
+        pytest.param(89, BF16, "masked", "m16n8k16.row.col.f32.bf16.bf16", id="sm_89 bf16 masked"),
         pytest.param(89, FP8, "contiguous", "m16n8k32.row.col.f32.e4m3.e4m3", id="sm_89 fp8"),
         pytest.param(100, FP8, "dense", "tcgen05.mma.cta_group::1.kind::f8f6f4", id="sm_100 fp8"),
         pytest.param(
@@ -54,6 +56,7 @@ BF16 = {"a_ptr": "*bf16", "b_ptr": "*bf16"}
         ),
         pytest.param(100, BF16, "masked", "tcgen05.mma.cta_group::1.kind::f16", id="sm_100 bf16 masked"),
         pytest.param(120, FP8, "dense", "m16n8k32.row.col.kind::mxf8f6f4.block_scale", id="sm_120 fp8 pow2"),
+        pytest.param(120, BF16, "contiguous", "m16n8k16.row.col.f32.bf16.bf16", id="sm_120 bf16"),
         pytest.param(120, FP8, "masked", "m16n8k32.row.col.f32.e4m3.e4m3", id="sm_120 fp8 masked"),
     ],
 )
@@ -83,6 +86,7 @@ def test_a_portable_product_multiplies_with(
 NVFP4 = {"A": "fp4", "NVFP4": True}
 MXFP4 = {"A": "fp4", "NVFP4": False}
 FP8_BY_MXFP4 = {"A": "fp8", "NVFP4": False}
+BF16_BY_NVFP4 = {"A": "bf16", "NVFP4": True}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +120,16 @@ FP8_BY_MXFP4 = {"A": "fp8", "NVFP4": False}
             "mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X",
             id="sm_120",
         ),
+        pytest.param(120, MXFP4, 16, "kind::mxf4nvf4.block_scale.scale_vec::2X", id="sm_120 mxfp4"),
+        pytest.param(
+            120, FP8_BY_MXFP4, 16, "m16n8k16.row.col.f32.bf16.bf16", id="sm_120 fp8 by mxfp4, in bf16"
+        ),
         pytest.param(80, NVFP4, 16, "m16n8k16.row.col.f32.bf16.bf16", id="sm_80, decoded to bf16"),
+        pytest.param(89, NVFP4, 16, "m16n8k16.row.col.f32.bf16.bf16", id="sm_89, decoded to bf16"),
+        pytest.param(
+            100, BF16_BY_NVFP4, 16, "tcgen05.mma.cta_group::1.kind::f16", id="sm_100 weights in fp4"
+        ),
+        pytest.param(80, BF16_BY_NVFP4, 16, "m16n8k16.row.col.f32.bf16.bf16", id="sm_80 weights in fp4"),
     ],
 )
 def test_a_block_scaled_product_multiplies_with(
@@ -124,7 +137,7 @@ def test_a_block_scaled_product_multiplies_with(
 ) -> None:
     fp4 = formats["A"] == "fp4"
     pointers = {
-        "a_ptr": "*u8" if fp4 else "*fp8e4nv",
+        "a_ptr": {"fp4": "*u8", "fp8": "*fp8e4nv", "bf16": "*bf16"}[formats["A"]],
         "a_scale_ptr": "*u8",
         "b_ptr": "*u8",
         "b_scale_ptr": "*u8",
@@ -145,7 +158,7 @@ def test_a_block_scaled_product_multiplies_with(
         **absent,
         A_SWIZZLED=fp4,
         B_SWIZZLED=True,
-        NATIVE=capability >= 100,
+        NATIVE=capability >= 100 and formats["A"] != "bf16",
         BM=rows,
         BN=128,
         BK=128,
