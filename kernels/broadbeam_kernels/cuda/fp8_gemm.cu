@@ -20,10 +20,8 @@
 //   PIPELINE    sets of registers for products not yet added: 0 one, 1 two
 //   TURNS       of a step's four products, how many end before the other warpgroup may begin; 0: no order
 
+#include "hopper.cuh"
 #include "wgmma.cuh"  // multiply(): one m64 n(TILE_N) k32 product, written out by the host
-
-typedef unsigned int u32;
-typedef unsigned long long u64;
 
 constexpr int TILE_M = 64 * WARPGROUPS;
 constexpr int CONSUMERS = WARPGROUPS * 128;
@@ -41,10 +39,6 @@ constexpr int OUT_BYTES = SPLIT == 1 ? TILE_M * TILE_N * 2 : (SPLIT - 1) * SLICE
 constexpr int SCALES = TILE_M + 4;  // of A, then up to three of B, padded to 16 bytes
 constexpr int THREADS = CONSUMERS + 128;
 
-struct alignas(64) TensorMap {
-  u64 opaque[16];
-};
-
 struct Problem {
   const float* a_scales;
   const float* b_scales;
@@ -60,61 +54,18 @@ struct Problem {
   int out_stride;
 };
 
-// ---- shared memory, barriers, copies ---------------------------------------------------------------------
-
-__device__ __forceinline__ u32 address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ u32 cluster_rank() {
-  u32 rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
+// ---- barriers and copies that only this kernel needs -----------------------------------------------------
 
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ u32 remote(u32 local, u32 rank) {
-  u32 there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(local), "r"(rank));
-  return there;
-}
-
-__device__ __forceinline__ void init(u32 barrier, u32 count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-
-__device__ __forceinline__ void wait(u32 barrier, u32 parity) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "again:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra over;\nbra again;\nover:\n}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
-}
-
-__device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 __device__ __forceinline__ void arrive_at(u32 barrier, u32 rank) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote(barrier, rank)) : "memory");
 }
 
-__device__ __forceinline__ void fetch(u32 to, const TensorMap* map, int x, int y, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-          to),
-      "l"(map), "r"(x), "r"(y), "r"(barrier)
-      : "memory");
-}
-
-// The same for several blocks of the cluster, at the same place in each one's memory.
-__device__ __forceinline__ void fetch_for(
+// `fetch_box` for several blocks of the cluster, at the same place in each one's memory.
+__device__ __forceinline__ void fetch_box_for(
     u32 to, const TensorMap* map, int x, int y, u32 barrier, unsigned short blocks) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
@@ -125,12 +76,6 @@ __device__ __forceinline__ void fetch_for(
 
 __device__ __forceinline__ void prefetch(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
-__device__ __forceinline__ void store_box(const TensorMap* map, int x, int y, u32 from) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(x),
-               "r"(y), "r"(from)
-               : "memory");
 }
 
 __device__ __forceinline__ void copy_word(u32 to, const float* from) {
@@ -156,11 +101,6 @@ __device__ __forceinline__ u32 pack(float low, float high) {
   return both;
 }
 
-// The tensor core's view of K-major rows of 128 bytes, swizzled over 128 bytes, groups of 8 rows 1024 apart.
-__device__ __forceinline__ u64 operand(u32 at) {
-  return (u64)((at & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
-}
-
 // ---- the walk over tiles ---------------------------------------------------------------------------------
 
 struct Tile {
@@ -177,13 +117,6 @@ struct Place {
   __device__ __forceinline__ u32 below() const { return !SHARE_B ? 0 : SHARE_A ? rank >> 1 : rank; }
   __device__ __forceinline__ unsigned short sharers_of_a() const { return 3 << 2 * below(); }
   __device__ __forceinline__ unsigned short sharers_of_b() const { return SHARE_A ? 5 << right() : 3; }
-};
-
-struct Ring {
-  u32 slot = 0, phase = 0;
-  __device__ __forceinline__ void next() {
-    if (++slot == STAGES) slot = 0, phase ^= 1;
-  }
 };
 
 // Rows of tiles are taken a band at a time, down before across: the tiles in flight then share their A and
@@ -238,7 +171,7 @@ __device__ __forceinline__ void feed(
   Ring ring;
   walk(p, place, [&](Tile t) {
     int b_row = t.expert * p.columns + t.n * TILE_N;
-    for (int k = steps.first; k < steps.last; ++k, ring.next()) {
+    for (int k = steps.first; k < steps.last; ++k, ring.next(STAGES)) {
       u32 full = s.full + ring.slot * 8;
       wait(s.empty + ring.slot * 8, ring.phase ^ 1);
       expect(full, FETCHED);
@@ -246,13 +179,13 @@ __device__ __forceinline__ void feed(
       u32 b = s.b + ring.slot * B_BYTES;
       u32 across = place.right(), down = place.below();
       if constexpr (SHARE_A)
-        fetch_for(a + across * (A_BYTES / 2), a_map, k * K_BYTES, t.row + across * (TILE_M / 2), full, for_a);
+        fetch_box_for(a + across * (A_BYTES / 2), a_map, k * K_BYTES, t.row + across * (TILE_M / 2), full, for_a);
       else
-        fetch(a, a_map, k * K_BYTES, t.row, full);
+        fetch_box(a, a_map, k * K_BYTES, t.row, full);
       if constexpr (SHARE_B)
-        fetch_for(b + down * (B_BYTES / 2), b_map, k * K_BYTES, b_row + down * (TILE_N / 2), full, for_b);
+        fetch_box_for(b + down * (B_BYTES / 2), b_map, k * K_BYTES, b_row + down * (TILE_N / 2), full, for_b);
       else
-        fetch(b, b_map, k * K_BYTES, b_row, full);
+        fetch_box(b, b_map, k * K_BYTES, b_row, full);
     }
   });
 }
@@ -274,7 +207,7 @@ __device__ __forceinline__ void bring_scales(const Problem& p, const Shared& s, 
       a[i] = p.a_scales + (GROUPING == 2 ? t.expert * p.a_expert_stride : 0);
       a[i] += (long long)row * p.a_row_stride + (long long)steps.first * p.a_step_stride;
     }
-    for (int k = steps.first; k < steps.last; ++k, ring.next()) {
+    for (int k = steps.first; k < steps.last; ++k, ring.next(STAGES)) {
       u32 to = s.scales + ring.slot * (SCALES * 4);
       wait(s.empty + ring.slot * 8, ring.phase ^ 1);
 #pragma unroll
@@ -291,17 +224,10 @@ __device__ __forceinline__ void bring_scales(const Problem& p, const Shared& s, 
   });
 }
 
-// The compiler must not move what it does to these registers past this line.
-template <int N>
-__device__ __forceinline__ void hold(float (&x)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[i])::"memory");
-}
-
 template <int N>
 __device__ __forceinline__ void wait_for_products(float (&x)[TILE_N / 2]) {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
-  hold(x);
+  wait_for_products<N>();
+  pin(x);
 }
 
 struct Warp {
@@ -313,7 +239,7 @@ struct Warp {
 __device__ __forceinline__ void send(const Shared& s, const Ring& ring, const Warp& w, int n, float (&part)[TILE_N / 2]) {
   u64 a = operand(s.a + ring.slot * A_BYTES + w.group * (64 * K_BYTES));
   u64 b = operand(s.b + ring.slot * B_BYTES + n * K_BYTES);
-  hold(part);
+  pin(part);
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -369,7 +295,7 @@ __device__ __forceinline__ void accumulate(
   for (int i = 0; i < TILE_N / 2; ++i) acc[i] = 0.0f;
   if constexpr (PIPELINE == 0) {
     float part[TILE_N / 2] = {};
-    for (int k = steps.first; k < steps.last; ++k, ring.next()) {
+    for (int k = steps.first; k < steps.last; ++k, ring.next(STAGES)) {
       wait(s.full + ring.slot * 8, ring.phase);
       if constexpr (TURNS > 0) asm volatile("bar.sync %0, 256;" ::"r"(3 + w.group) : "memory");
       send(s, ring, w, 0, part);
@@ -387,7 +313,7 @@ __device__ __forceinline__ void accumulate(
     float even[TILE_N / 2] = {}, odd[TILE_N / 2] = {};
     auto step = [&](float (&now)[TILE_N / 2], float (&ahead)[TILE_N / 2]) {
       Ring next = ring;
-      next.next();
+      next.next(STAGES);
       Scales<FORMER> scales(s, ring, w);
       wait(s.full + next.slot * 8, next.phase);
       send(s, next, w, 0, ahead);
@@ -401,7 +327,7 @@ __device__ __forceinline__ void accumulate(
       wait_for_products<0>(now);
       release(s, ring, w);
       scales.template add<0>(acc, now);
-      ring.next();
+      ring.next(STAGES);
     };
     int k = steps.first;
     wait(s.full + ring.slot * 8, ring.phase);

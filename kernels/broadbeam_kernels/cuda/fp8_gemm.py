@@ -54,9 +54,10 @@ __device__ __forceinline__ void multiply(
 
 def code(tile: Tile, grouping: Grouping, packed: bool, out_half: bool, arch: str) -> bytes:
     """The kernel's machine code for these choices, compiled or from the disk."""
+    here = Path(__file__)
     return cubin(
-        Path(__file__).with_suffix(".cu").read_text(),
-        {"wgmma.cuh": wgmma_header(tile.n)},
+        here.with_suffix(".cu").read_text(),
+        {"hopper.cuh": here.with_name("hopper.cuh").read_text(), "wgmma.cuh": wgmma_header(tile.n)},
         {
             "TILE_N": tile.n,
             "STAGES": tile.ring,

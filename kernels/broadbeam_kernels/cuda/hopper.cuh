@@ -97,6 +97,7 @@ __device__ __forceinline__ u64 operand(u32 at) {
   return (u64)((at & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
 }
 
+// The compiler must not move what it does to these registers past this line.
 template <int N>
 __device__ __forceinline__ void pin(float (&x)[N]) {
 #pragma unroll
