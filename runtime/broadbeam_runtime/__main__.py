@@ -9,7 +9,7 @@ from pathlib import Path
 
 from broadbeam_crds import conventions
 from broadbeam_crds.engine_config import ConfigError, EngineConfig, read
-from broadbeam_runtime.settings import OPENMP, PodSettings, RankSettings, check_config
+from broadbeam_runtime.settings import EXIT_INTERRUPTED, OPENMP, PodSettings, RankSettings, check_config
 
 EXIT_USAGE = 2
 
@@ -126,7 +126,8 @@ def _rank(args: argparse.Namespace, environ: dict[str, str]) -> RankSettings:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a command and exit with its status; a wrong flag or config is one line and status 2."""
+    """Run a command and exit with its status; a wrong flag or config is one line and status 2, Ctrl-C
+    one line and status 130."""
     args = _parser().parse_args(argv)
     environ = dict(os.environ)
     try:
@@ -134,6 +135,9 @@ def main(argv: list[str] | None = None) -> None:
     except ConfigError as error:
         print(f"broadbeam-runtime: {error}", file=sys.stderr)
         sys.exit(EXIT_USAGE)
+    except KeyboardInterrupt:
+        print("broadbeam-runtime: interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def _run(args: argparse.Namespace, environ: dict[str, str]) -> int:

@@ -106,11 +106,12 @@ class Child:
             except ProcessLookupError:
                 return
 
-    async def stop(self, number: signal.Signals, grace_s: float) -> None:
-        """Send `number`; after `grace_s` SIGKILL. Returns when the child is gone."""
+    async def stop(self, grace_s: float) -> None:
+        """End it without waiting for its requests; after `grace_s` SIGKILL. Returns when it is gone."""
         if self._process is None:
             return
-        self.send_signal(number)
+        # Until its first status it may still be importing: SIGINT would end it with a traceback.
+        self.send_signal(signal.SIGTERM if self.status.stage == "starting" else signal.SIGINT)
         try:
             await asyncio.wait_for(self.exited.wait(), grace_s)
         except TimeoutError:

@@ -23,9 +23,6 @@ def run(source: str, cache_dir: str, status_fd: int | None) -> int:
         if status_fd is None:  # the supervisor says it otherwise, once
             print(f"broadbeam-runtime: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("broadbeam-runtime: interrupted", file=sys.stderr)
-        return 130
     pipe.send(Status("fetched", path=path))
     if status_fd is None:
         print(path)

@@ -40,8 +40,6 @@ def run(settings: RankSettings) -> int:
     pipe = StatusPipe(settings.status_fd)
     try:
         return uvloop.run(Rank(settings, pipe).run())
-    except KeyboardInterrupt:
-        return 130
     except EXPECTED as error:
         message = _one_line(error)
         pipe.send(Status("failed", error=message))

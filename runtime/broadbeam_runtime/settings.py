@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from broadbeam_crds.conventions import KV_SIDE_CHANNEL_PORT, RANK_HTTP_PORT
 from broadbeam_crds.engine_config import ConfigError, EngineConfig
 
+EXIT_INTERRUPTED = 130  # by Ctrl-C, as a shell says it: 128 + SIGINT
 # What a rank tells OpenMP (libgomp, under torch on a CPU) unless told otherwise: a worker waits awake for a
 # few tens of microseconds, which bridges the gap between two operations of a layer. Once asleep it takes
 # longer to wake than a multiplication at batch 1 (decode: 1.3x the time); awake for libgomp's own 300,000

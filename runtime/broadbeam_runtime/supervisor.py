@@ -20,12 +20,11 @@ from aiohttp import web
 from broadbeam_crds.conventions import RANK_HTTP_PORT, SUPERVISOR_PORT
 from broadbeam_runtime.child import Child
 from broadbeam_runtime.exposition import merge
-from broadbeam_runtime.settings import PodSettings, family
+from broadbeam_runtime.settings import EXIT_INTERRUPTED, PodSettings, family
 
 STOP_GRACE_S = 3.0  # beyond drain_s, before SIGKILL
 SCRAPE_TIMEOUT_S = 5.0
 EXIT_FAILED = 1
-EXIT_INTERRUPTED = 130
 
 
 def run(settings: PodSettings) -> int:
@@ -166,13 +165,13 @@ class Supervisor:
         children = [*self._ranks, *([self._fetch] if self._fetch is not None else [])]
         if self._failure is not None:
             # The group is broken, so there is nothing to wait for but the error answers.
-            await asyncio.gather(*(child.stop(signal.SIGINT, STOP_GRACE_S) for child in children))
+            await asyncio.gather(*(child.stop(STOP_GRACE_S) for child in children))
             return
         self._stage = "draining" if self._stage == "ready" else "stopping"
         if self._stage == "draining":
             await self._drain()
         self._stage = "stopping"
-        await asyncio.gather(*(child.stop(signal.SIGINT, STOP_GRACE_S) for child in children))
+        await asyncio.gather(*(child.stop(STOP_GRACE_S) for child in children))
 
     async def _drain(self) -> None:
         """All ranks refuse new requests; none leaves before the last has finished: an idle rank still

@@ -30,7 +30,8 @@ def fetch(requirement: str, directory: Path, progress: LoadProgress) -> Path:
     wheel = _download(requirement, directory, progress)
     shutil.rmtree(directory / "tmp")
     digest = _digest(wheel)
-    (directory / DIGEST).write_text(digest)
+    (directory / "digest").write_text(digest)
+    os.replace(directory / "digest", directory / DIGEST)  # it is there whole or not at all
     print(f"downloaded {wheel.name} sha256 {digest}", file=sys.stderr)
     return wheel
 

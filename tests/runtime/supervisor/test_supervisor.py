@@ -85,12 +85,13 @@ def test_a_port_in_use_is_one_clear_line(start_pod: StartPod, port: int) -> None
     assert "Traceback" not in log
 
 
+@pytest.mark.parametrize("stage", ["starting", "loading"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_a_stop_during_the_start_leaves_nothing(start_pod: StartPod, number: int) -> None:
+def test_a_stop_during_the_start_leaves_nothing(start_pod: StartPod, number: int, stage: str) -> None:
     pod = start_pod(sim(sim={"load_s": 60}, **TWO))
     pod.wait(lambda: pod.get("/health")[0])
     pids = pod.wait(lambda: [rank["pid"] for rank in pod.rank_states() if rank["pid"]])
-    pod.wait(lambda: any(rank["stage"] == "loading" for rank in pod.rank_states()))
+    pod.wait(lambda: any(rank["stage"] == stage for rank in pod.rank_states()))
     assert pod.stop(number) == (130 if number == signal.SIGINT else 0)
     assert not any(running(pid) for pid in pids)
     assert "Traceback" not in pod.log.read_text()
