@@ -47,18 +47,19 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _measure(operations: list[str], budget_ms: float) -> list[Row]:
+def _measure(operations: list[str], budget_ms: float) -> Iterator[list[Row]]:
+    """The rows of one operation after another."""
     timer = Timer(budget_ms)
     ceilings = measure_ceilings(timer)
     facts = {"device": torch.cuda.get_device_name(), "versions": versions(), "ceilings": asdict(ceilings)}
     print(f"{facts['device']}: {ceilings}", flush=True)
-    rows = []
     for name in operations:
+        rows = []
         for case in GROUPS[name]():
             rows.append({**time_case(case, timer, ceilings), **facts})
             print(report.line(rows[-1]), flush=True)
         torch.cuda.empty_cache()
-    return rows
+        yield rows
 
 
 def _record(baselines: Path, page: Path, rows: list[Row]) -> None:
@@ -84,7 +85,10 @@ def main() -> int:
         )
         print(reason, file=sys.stderr)
         return 2
-    measured = _measure(arguments.operations or list(GROUPS), arguments.budget_ms)
+    measured: list[Row] = []
+    for rows in _measure(arguments.operations or list(GROUPS), arguments.budget_ms):
+        measured += rows
+        report.write(arguments.baselines, report.merge(accepted, measured))  # what is measured is kept
     for sentence in report.regressions(accepted, measured):
         print(f"warning: {sentence}", file=sys.stderr)
     ratios = [r for row in measured if row["operation"] == "fp8_gemm" if (r := report.best_ratio(row))]

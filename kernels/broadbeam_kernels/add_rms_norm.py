@@ -83,10 +83,10 @@ def add_rms_norm(
         check_tensor("residual", residual, 2, (x.dtype,), like=x)
         check_shape("residual", residual, (rows, columns))
         check(residual.stride(1) == 1, "residual is updated in place: its last dimension must be dense")
-    if not launches(x):
+    dtype = x.dtype if fmt is None else torch.float8_e4m3fn
+    if not launches(x, dtype):
         return oracle.add_rms_norm(x, residual, weight, epsilon, fmt)
     x = x if x.stride(1) == 1 else x.contiguous()
-    dtype = x.dtype if fmt is None else torch.float8_e4m3fn
     out = torch.empty((rows, columns), dtype=dtype, device=x.device)
     scales = out if fmt is None else empty_fp8_scales(fmt, rows, columns, x.device)
     if rows:

@@ -6,6 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
+from .paths import multiplies_fp8
+
 HALF_TYPES = (torch.bfloat16, torch.float16)
 FP8_TYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -39,6 +41,12 @@ def paired(x: Tensor) -> Tensor:
     return x if addressable else x.clone(memory_format=torch.contiguous_format)
 
 
-def launches(x: Tensor) -> bool:
-    """Whether an operation on `x` launches its kernel: on a GPU, and anywhere under Triton's interpreter."""
-    return x.is_cuda or bool(triton.knobs.runtime.interpret)
+def launches(x: Tensor, *types: torch.dtype) -> bool:
+    """Whether an operation on `x` launches its kernel, rather than run its reference.
+
+    On a GPU, and anywhere under Triton's interpreter; but not where a kernel reads or writes one of `types`
+    that is FP8 and the GPU has no instructions to convert it.
+    """
+    if triton.knobs.runtime.interpret:
+        return True
+    return x.is_cuda and (multiplies_fp8(x.device) or not set(types) & set(FP8_TYPES))

@@ -168,7 +168,7 @@ def quantize_fp8_block(x: Tensor, fmt: Fp8Block = FP8_BLOCK128) -> Quantized:
     code = e4m3(x / scale). Sources: vLLM `fp8_utils.py` (1/448 as a factor), DeepGEMM `utils/math.py` (pow2).
     """
     check_tensor("x", x, 2, HALF_TYPES)
-    if not launches(x):
+    if not launches(x, torch.float8_e4m3fn):
         return oracle.quantize_fp8_block(x, fmt)
     return _quantize_tiles(x, fmt) if fmt.rows == 128 else quantize_rows(x, x.shape[1], fmt)
 
@@ -177,7 +177,7 @@ def dequantize_fp8_block(q: Quantized, dtype: torch.dtype = torch.bfloat16) -> T
     """e4m3 with block scales -> (rows, columns) bf16 or fp16: x = code * scale."""
     assert isinstance(q.format, Fp8Block)
     check(dtype in HALF_TYPES, f"dtype is {dtype}, expected one of {', '.join(map(str, HALF_TYPES))}")
-    if not launches(q.values):
+    if not launches(q.values, torch.float8_e4m3fn):
         return oracle.dequantize_fp8_block(q, dtype)
     rows, columns = q.shape
     out = torch.empty((rows, columns), dtype=dtype, device=q.values.device)

@@ -98,7 +98,7 @@ def quantize_nvfp4(x: Tensor, fmt: Nvfp4 = NVFP4, global_scale: Tensor | None = 
     check(columns % fmt.block == 0, f"columns={columns} is not a multiple of {fmt.block}")
     if global_scale is not None:
         check(global_scale.numel() == 1, f"global_scale has {global_scale.numel()} elements, expected 1")
-    if not launches(x):
+    if not launches(x, torch.float8_e4m3fn):
         return oracle.quantize_nvfp4(x, fmt, global_scale)
     if global_scale is not None:
         return quantize_blocks(x, columns, fmt, global_scale.to(torch.float32).reshape(1))
@@ -113,6 +113,6 @@ def dequantize_nvfp4(q: Quantized, dtype: torch.dtype = torch.bfloat16) -> Tenso
     assert isinstance(q.format, Nvfp4)
     check(q.global_scale is not None, "an NVFP4 tensor needs its global scale")
     check(dtype in HALF_TYPES, f"dtype is {dtype}, expected one of {', '.join(map(str, HALF_TYPES))}")
-    if not launches(q.values):
+    if not launches(q.values, torch.float8_e4m3fn):
         return oracle.dequantize_nvfp4(q, dtype)
     return dequantize_blocks(q, dtype)

@@ -6,6 +6,7 @@ kernels are those that quantise, told that a row ends early.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .contracts import HALF_TYPES, check, check_tensor, launches
@@ -30,7 +31,7 @@ def pad_quant(x: Tensor, columns: int, fmt: Fp8Block | Mxfp4 = FP8_BLOCK128) -> 
     else:
         check(fmt.scales == "linear", "fmt must have linear scales")
         check(n % 2 == 0, f"x has {n} columns: MXFP4 needs an even number")
-    if not launches(x):
+    if not launches(x, *((torch.float8_e4m3fn,) if isinstance(fmt, Fp8Block) else ())):
         return oracle.pad_quant(x, columns, fmt)
     if isinstance(fmt, Fp8Block):
         return quantize_rows(x, columns, fmt)

@@ -233,7 +233,7 @@ def rope_quantize(
         check_tensor("k_rope_out", k_rope_out, 2, HALF_TYPES, like=q_nope)
         check_shape("k_rope_out", k_rope_out, (tokens, rope))
         check(k_rope_out.is_contiguous(), "k_rope_out must be contiguous")
-    if not launches(q_nope):
+    if not launches(q_nope, out.dtype, *(() if kv is None else (kv.cache.dtype,))):
         return oracle.rope_quantize(q_nope, q_rope, k_rope, rotary, kv, out, q_multiplier, k_rope_out)
     if tokens and heads:
         _launch(q_nope, q_rope, k_rope, rotary, kv, out, q_multiplier, k_rope_out)

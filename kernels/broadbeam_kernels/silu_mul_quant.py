@@ -104,7 +104,7 @@ def silu_mul_quant(y: Tensor, fmt: Fp8Block = FP8_BLOCK128) -> Quantized:
     """
     y = _check(y, 2, fmt)
     rows, hidden = y.shape[0], y.shape[1] // 2
-    if not launches(y):
+    if not launches(y, torch.float8_e4m3fn):
         return oracle.silu_mul_quant(y, fmt)
     values = torch.empty((rows, hidden), dtype=torch.float8_e4m3fn, device=y.device)
     scales = empty_fp8_scales(fmt, rows, hidden, y.device)
@@ -129,7 +129,7 @@ def silu_mul_quant_masked(y: Tensor, count: Tensor, fmt: Fp8Block = FP8_BLOCK128
     values = torch.empty((experts, slots, hidden), dtype=torch.float8_e4m3fn, device=y.device)
     dtype = torch.uint8 if fmt.scale == "ue8m0" else torch.float32
     scales = torch.empty((experts, hidden // 128, slots), dtype=dtype, device=y.device).transpose(1, 2)
-    if not launches(y):
+    if not launches(y, torch.float8_e4m3fn):
         return oracle.silu_mul_quant_masked(y, count, values, scales, fmt)
     if y.numel():
         _launch(y, count, values, scales, fmt)

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from broadbeam_kernels import paths
+from broadbeam_kernels.contracts import launches
 from broadbeam_kernels.formats import (
     FP8_BLOCK128,
     FP8_BLOCK128_WEIGHT,
@@ -29,8 +31,10 @@ from broadbeam_kernels.fp4_weights import decode_fp4_weights, prepare_fp4_weight
 from broadbeam_kernels.grouped_gemm import grouped_gemm
 from broadbeam_kernels.masked_gemm import masked_fp4_gemm, masked_gemm, used_blocks
 from broadbeam_kernels.packed_weights import PackedWeights, pack_weights
+from broadbeam_kernels.pad_quant import pad_quant
 from broadbeam_kernels.quantize import dequantize, quantize
 from broadbeam_kernels.scaled_gemm import grouped_scaled_gemm, masked_scaled_gemm, scaled_gemm
+from broadbeam_kernels.silu_mul_quant import silu_mul_quant
 from broadbeam_kernels.testing import gaussian, relative_difference
 
 BF16 = torch.bfloat16
@@ -238,3 +242,25 @@ def test_a_gpu_without_bf16_products_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(paths, "_capability", lambda _index: (7, 5))
     with pytest.raises(ValueError, match=r"compute capability \(7, 5\), matrix products need \(8, 0\)"):
         paths.matrix_path(torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize(
+    ("capability", "writes", "launched"),
+    [
+        ((8, 0), torch.float8_e4m3fn, False),
+        ((8, 0), torch.bfloat16, True),
+        ((8, 9), torch.float8_e4m3fn, True),
+    ],
+)
+def test_operations_on_fp8_run_their_reference_on_a_gpu_that_cannot_convert_it(
+    capability: tuple[int, int], writes: torch.dtype, launched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paths, "_capability", lambda _index: capability)
+    with FakeTensorMode():
+        x = torch.empty(2, 256, dtype=torch.bfloat16, device="cuda")
+        assert launches(x, writes) is launched
+        if writes == torch.float8_e4m3fn and not launched:
+            assert quantize(x, FP8_BLOCK128).values.is_cuda
+            assert quantize(x, NVFP4).scales.is_cuda
+            assert pad_quant(x, 384).shape == (2, 384)
+            assert silu_mul_quant(x).shape == (2, 128)
