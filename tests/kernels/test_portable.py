@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from broadbeam_kernels import paths
+from broadbeam_kernels.bench import packed
 from broadbeam_kernels.contracts import launches
 from broadbeam_kernels.formats import (
     FP8_BLOCK128,
@@ -264,3 +265,16 @@ def test_operations_on_fp8_run_their_reference_on_a_gpu_that_cannot_convert_it(
             assert quantize(x, NVFP4).scales.is_cuda
             assert pad_quant(x, 384).shape == (2, 384)
             assert silu_mul_quant(x).shape == (2, 128)
+
+
+def test_the_benchmarks_products_read_the_same_bytes_in_either_layout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(paths, "_index", lambda _device: 0)
+    cases = []
+    for capability in ((9, 0), (10, 0)):
+        monkeypatch.setattr(paths, "_capability", lambda _index, found=capability: found)
+        with FakeTensorMode():
+            cases.append([(case.shape, case.bytes) for case in (*packed.plain(), *packed.grouped())])
+    assert cases[0] == cases[1]
+    assert len(cases[0]) == 32

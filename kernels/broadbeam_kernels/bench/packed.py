@@ -8,9 +8,11 @@ from functools import partial
 import torch
 
 from ..formats import MXFP4, NVFP4, Mxfp4, Nvfp4
-from ..fp4_gemm import fp4_gemm, grouped_fp4_gemm
+from ..fp4_gemm import Weights, fp4_gemm, grouped_fp4_gemm
 from ..fp4_weights import Fp4Weights
 from ..grouped_gemm import grouped_gemm
+from ..packed_weights import PackedWeights
+from ..paths import matrix_path
 from ..testing import nbytes
 from .case import Case, ready
 
@@ -20,8 +22,15 @@ EXPERTS = ((32, 4096, 7168), (32, 7168, 2048))
 FORMATS: dict[str, Nvfp4 | Mxfp4] = {"nvfp4": NVFP4, "mxfp4": MXFP4}
 
 
-def _weights(experts: int, n: int, k: int, fmt: Nvfp4 | Mxfp4) -> Fp4Weights:
-    """Random codes in the kernel's tiles, all scales alike: quantising gigabytes would measure nothing."""
+def _weights(experts: int, n: int, k: int, fmt: Nvfp4 | Mxfp4) -> Weights:
+    """Random codes as the device's kernel reads them, all scales alike: quantising gigabytes would measure
+    nothing."""
+    if matrix_path(torch.device("cuda")) == "portable":
+        packed = torch.randint(0, 256, (experts, n, k // 2), dtype=torch.uint8, device="cuda")
+        one = 0x38 if isinstance(fmt, Nvfp4) else 127  # 1.0 as e4m3, as an exponent
+        blocks = torch.full((experts, n * k // fmt.block), one, dtype=torch.uint8, device="cuda")
+        ones = torch.ones(experts, device="cuda") if isinstance(fmt, Nvfp4) else None
+        return PackedWeights(packed, blocks, ones, fmt, (experts, n, k))
     tiles = (experts, -(-n // 128), k // 128, 2, 2)
     codes = torch.randint(-(2**31), 2**31 - 1, (*tiles, 128, 4), dtype=torch.int32, device="cuda")
     scale = 0x4040 if isinstance(fmt, Nvfp4) else 0x7D7D
@@ -38,7 +47,7 @@ def _in_turn(calls: Sequence[Callable[[], object]]) -> list[object]:
     return [call() for call in calls]
 
 
-def _projections(weights: list[Fp4Weights], name: str, dense: list[torch.Tensor]) -> Iterator[Case]:
+def _projections(weights: list[Weights], name: str, dense: list[torch.Tensor]) -> Iterator[Case]:
     """Layer after layer, as a model has it: the caches hold what other layers read, not a flush."""
     n, k = OUTPUT
     for m in (1, 16, 64, 128):
