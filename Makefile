@@ -9,6 +9,8 @@ BOOTSTRAP := $(CACHE)/uv-$(UV_VERSION)
 UV := $(BOOTSTRAP)/bin/uv
 BIN := .venv/bin
 PROMPT ?= Why is the sky blue? Answer in two sentences.
+# Test processes of `make unit`: half of a test's time it waits for processes, so two pay on two cores.
+WORKERS ?= 2
 # TORCH_BACKEND=cpu takes uv's small CPU build of torch, where its index can be reached.
 TORCH_BACKEND ?=
 export DO_NOT_TRACK := 1
@@ -64,7 +66,7 @@ format: setup ## format and fix what can be fixed
 
 .PHONY: unit
 unit: setup ## tests that need neither a GPU nor an API server
-	@$(BIN)/python -m pytest -q tests
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile tests
 
 .PHONY: controlplane
 controlplane: setup ## build etcd, API server, controller-manager, scheduler and helm once (about 10 minutes)

@@ -17,7 +17,9 @@ from typing import Any
 
 import pytest
 
-_hosts = (f"127.{150 + os.getpid() % 60}.{number // 250}.{number % 250 + 1}" for number in itertools.count())
+_worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+_network = 150 + (8 * os.getppid() + _worker) % 56  # not that of another of up to eight workers
+_hosts = (f"127.{_network}.{number // 250}.{number % 250 + 1}" for number in itertools.count())
 SIM: dict[str, Any] = {
     "engine": "sim",
     "role": "both",
