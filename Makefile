@@ -26,13 +26,15 @@ $(UV):
 	@$(PYTHON) -m venv $(BOOTSTRAP)
 	@$(BOOTSTRAP)/bin/pip install -q --disable-pip-version-check uv==$(UV_VERSION)
 
+# With TORCH_BACKEND, torch and what that build of it needs come first; then the lock, without what another build needs.
 # The stamp lives in the clone; the wheels come from uv's cache, so a second clone takes seconds.
 .venv/.stamp-$(TORCH_BACKEND): requirements/dev.lock pyproject.toml | $(UV)
 	@! ls */__init__.py 2>/dev/null || { echo "a top-level folder holds an __init__.py: operator/__init__.py would shadow the standard library"; exit 1; }
 	@echo "preparing .venv (the first time downloads torch: 4.5 GB, or 0.2 GB with TORCH_BACKEND=cpu)"; start=$$SECONDS; \
 	test -x $(BIN)/python || $(UV) venv -q --python $(PYTHON) .venv; \
 	if [ -n "$(TORCH_BACKEND)" ]; then \
-	  $(UV) pip install --torch-backend $(TORCH_BACKEND) -c requirements/dev.lock -r pyproject.toml --extra dev; \
+	  $(UV) pip install --torch-backend $(TORCH_BACKEND) -c requirements/dev.lock torch; \
+	  grep -vE '^(torch|nvidia-[a-z0-9-]+|cuda-[a-z-]+)==' requirements/dev.lock | $(UV) pip install --no-deps -r -; \
 	else \
 	  $(UV) pip install -r requirements/dev.lock; \
 	fi; \
