@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import errno
-import fcntl
-import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 RANGES = 240  # 127.77.0 to 127.77.239; the rest is left to tests
 PODS_PER_RANGE = 254
+SCOPE = "broadbeam"
+NOBODYS = "127.77.255.254"  # no pod's: a port that is taken there is taken everywhere
 
 
 class AddressError(Exception):
@@ -38,20 +37,31 @@ class AddressRange:
 
 
 @contextmanager
-def reserved_range(locks: Path) -> Iterator[AddressRange]:
-    """The first range that no other process holds; the lock goes with this process, however it ends."""
-    locks.mkdir(parents=True, exist_ok=True)
-    for number in range(RANGES):
-        handle = os.open(locks / f"127.77.{number}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+def claimed(name: str, scope: str = SCOPE) -> Iterator[bool]:
+    """Whether `name` is ours alone for the length of the body, or until this process ends, however it does.
+
+    An abstract socket, not a file: like loopback addresses it is seen by every user and whatever their cache,
+    and it is another one in another network namespace.
+    """
+    with socket.socket(socket.AF_UNIX) as lock:
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            yield AddressRange(number)
-            return
-        finally:
-            os.close(handle)
+            lock.bind(f"\0{scope}/{name}")
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            yield False
+        else:
+            yield True
+
+
+@contextmanager
+def reserved_range(scope: str = SCOPE) -> Iterator[AddressRange]:
+    """The first range that no other process holds."""
+    for number in range(RANGES):
+        with claimed(f"127.77.{number}", scope) as ours:
+            if ours:
+                yield AddressRange(number)
+                return
     raise AddressError(f"all {RANGES} ranges of 127.77.0.0/16 are in use by other clusters")
 
 

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from broadbeam_crds.capacity import Capacity, capacities
+from broadbeam_crds.conventions import (
+    GATEWAY_METRICS_PORT,
+    KV_SIDE_CHANNEL_PORT,
+    RANK_HTTP_PORT,
+    SUPERVISOR_PORT,
+)
 from broadbeam_crds.v1alpha1 import Pool, ServingCluster
+from broadbeam_operator.local.addresses import NOBODYS, port_is_free
 
 GIB = 2**30
 PROCESS_BYTES = 300 * 2**20  # of one rank beside weights and cache: Python, torch, buffers (measured on CPU)
@@ -23,6 +30,7 @@ class ThisMachine:
     available_bytes: int
     devices: int  # accelerators
     commands: frozenset[str]  # of the engines that are not ours
+    port_is_free: Callable[[int], bool]  # false: some server has it on every address
 
 
 def look() -> ThisMachine:
@@ -36,7 +44,10 @@ def look() -> ThisMachine:
         else 0
     )
     commands = frozenset(name for name in ("vllm",) if shutil.which(name))
-    return ThisMachine(os.uname().sysname, _available_bytes(), nvidia or amd, commands)
+    system = os.uname().sysname
+    return ThisMachine(
+        system, _available_bytes(), nvidia or amd, commands, lambda port: port_is_free(NOBODYS, port)
+    )
 
 
 def _available_bytes() -> int:
@@ -53,6 +64,7 @@ def obstacles(cluster: ServingCluster, machine: ThisMachine, secrets: Collection
         *_source(cluster),
         *_engine(cluster, machine),
         *_gateway(cluster),
+        *_ports(cluster, machine),
         *_secrets(cluster, secrets),
         *_devices(cluster, machine),
         *_memory(cluster, machine),
@@ -78,6 +90,21 @@ def _engine(cluster: ServingCluster, machine: ThisMachine) -> Iterator[str]:
 def _gateway(cluster: ServingCluster) -> Iterator[str]:
     if cluster.spec.gateway.replicas == 0:
         yield "spec.gateway.replicas: 0: without a gateway nothing can be asked; set it to 1"
+
+
+def _ports(cluster: ServingCluster, machine: ThisMachine) -> Iterator[str]:
+    """Pods have addresses of their own, but a server on 0.0.0.0 leaves none of them its port."""
+    if machine.system != "Linux":
+        return
+    ranks = range(max(pool.accelerator.per_node for pool in cluster.spec.pools))
+    needed = [RANK_HTTP_PORT + i for i in ranks]
+    needed += [SUPERVISOR_PORT, GATEWAY_METRICS_PORT]
+    needed += [KV_SIDE_CHANNEL_PORT + i for i in ranks] if cluster.spec.kv.transfer else []
+    if taken := [port for port in needed if not machine.port_is_free(port)]:
+        yield (
+            f"port {', '.join(map(str, taken))}: in use on every address of this machine "
+            "(a server on 0.0.0.0?); pods need it on theirs: stop that server, or let it listen on 127.0.0.1"
+        )
 
 
 def _secrets(cluster: ServingCluster, at_hand: Collection[str]) -> Iterator[str]:

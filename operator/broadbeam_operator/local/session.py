@@ -22,7 +22,7 @@ from broadbeam_crds.v1alpha1 import ServingCluster
 from broadbeam_operator import names
 from broadbeam_operator.cluster import Object
 from broadbeam_operator.kv_effect import HttpMeter, KVWatch
-from broadbeam_operator.local.addresses import AddressRange, port_is_free, reserved_range
+from broadbeam_operator.local.addresses import AddressRange, claimed, port_is_free, reserved_range
 from broadbeam_operator.local.controllers import control
 from broadbeam_operator.local.node import LocalNode, store_sources
 from broadbeam_operator.local.pods import Node, PodProcess, PodRunner, open_runner
@@ -138,10 +138,14 @@ async def open_session(cluster: ServingCluster, settings: Settings) -> AsyncIter
     localhost = localhost_is_free(port)
     namespace = namespace_of(cluster)
     runs = settings.cache / "run"
-    with reserved_range(runs / "addresses") as addresses, run_folder(runs, cluster.metadata.name) as folder:
+    with (
+        reserved_range() as addresses,
+        claimed(LOCALHOST) as ours,  # of two that start at once, one has it
+        run_folder(runs, cluster.metadata.name) as folder,
+    ):
         hosts, endpoints = folder / "hosts", folder / "endpoints.json"
         imposed = {ENV_HOSTS_FILE: str(hosts), ENV_CACHE: str(settings.cache)}
-        placement = Placement(addresses, LOCALHOST if localhost else addresses.take(), imposed)
+        placement = Placement(addresses, LOCALHOST if localhost and ours else addresses.take(), imposed)
         store = Store()
         node_settings = Node(
             NODE_NAME, folder / "pods", store_sources(store), settings.bin_dir, settings.inherited

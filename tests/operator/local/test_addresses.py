@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import socket
-from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -9,17 +9,25 @@ from broadbeam_operator.local.addresses import (
     PODS_PER_RANGE,
     AddressError,
     AddressRange,
+    claimed,
     port_is_free,
     reserved_range,
 )
 from broadbeam_operator.local.session import PortInUseError, localhost_is_free
 
 
-def test_ranges_held_at_once_differ_and_come_back(tmp_path: Path) -> None:
-    with reserved_range(tmp_path) as first, reserved_range(tmp_path) as second:
-        assert first.number != second.number
-    with reserved_range(tmp_path) as third:
-        assert third.number == first.number
+def test_ranges_held_at_once_differ_and_come_back() -> None:
+    scope = uuid4().hex
+    with reserved_range(scope) as first, reserved_range(scope) as second:
+        assert (first.number, second.number) == (0, 1)
+    with reserved_range(scope) as third:
+        assert third.number == 0
+
+
+def test_one_of_two_has_a_name() -> None:
+    scope = uuid4().hex
+    with claimed("127.0.0.1", scope) as first, claimed("127.0.0.1", scope) as second:
+        assert (first, second) == (True, False)
 
 
 def test_the_lowest_free_address_is_given_out() -> None:

@@ -9,7 +9,13 @@ from broadbeam_crds.testing import pool, serving_cluster
 from broadbeam_crds.v1alpha1 import ServingCluster
 from broadbeam_operator.local.preflight import ThisMachine, look, obstacles
 
-LAPTOP = ThisMachine(system="Linux", available_bytes=8 * 2**30, devices=0, commands=frozenset())
+LAPTOP = ThisMachine(
+    system="Linux",
+    available_bytes=8 * 2**30,
+    devices=0,
+    commands=frozenset(),
+    port_is_free=lambda port: True,
+)
 GPU_POOL = {
     "name": "decode",
     "role": "both",
@@ -48,6 +54,15 @@ def cluster(**spec: Any) -> ServingCluster:
             LAPTOP,
             "spec.gateway.replicas: 0: without a gateway nothing can be asked; set it to 1",
             id="no gateway",
+        ),
+        pytest.param(
+            cluster(
+                pools=[pool("both", parallelism={"data": 2}, accelerator={"resource": "cpu", "perNode": 2})]
+            ),
+            replace(LAPTOP, port_is_free=lambda port: port not in (8001, 9000)),
+            "port 8001, 9000: in use on every address of this machine (a server on 0.0.0.0?); "
+            "pods need it on theirs: stop that server, or let it listen on 127.0.0.1",
+            id="a server on every address",
         ),
         pytest.param(
             cluster(gateway={"auth": {"secretRef": {"name": "keys"}}}),

@@ -8,10 +8,11 @@ import json
 import os
 import re
 import signal
+from pathlib import Path
 
 import aiohttp
 import yaml
-from tests.operator.local.desk import BROADBEAM, PROMPT, Desk, free_port
+from tests.operator.local.desk import BROADBEAM, PROMPT, Desk
 
 
 async def test_a_demo_answers_over_prefill_and_decode_and_leaves_nothing(desk: Desk) -> None:
@@ -78,15 +79,22 @@ async def test_a_changed_manifest_is_applied_and_a_wrong_one_is_told(desk: Desk)
     assert desk.left() == []
 
 
-async def test_two_clusters_at_once_keep_apart(desk: Desk) -> None:
-    first = await desk.start("up", desk.manifest("one"))
-    await first.until(r"available at http://127.0.0.1:")
-    second = await desk.start("up", desk.manifest("two"), port=free_port())
-    # The first gateway's metrics port is on 127.0.0.1, so the second has an address of its own.
-    await second.until(r"available at http://127\.77\.\d+\.\d+:")
-    for command in (first, second):
+async def test_two_clusters_at_once_keep_apart_whatever_their_caches(tmp_path: Path, desk: Desk) -> None:
+    """Started together, so that neither sees the other's ports before it chooses its own."""
+    (tmp_path / "other").mkdir()
+    other = Desk(tmp_path / "other")
+    desk.commands = other.commands  # ended with the rest
+    commands = [await each.start("up", each.manifest()) for each in (desk, other)]
+    hosts = {(await command.until(r"available at http://([\d.]+):"))[1] for command in commands}
+    addresses = [set(re.findall(r"127\.77\.\d+\.\d+", "\n".join(each.left()))) for each in (desk, other)]
+    assert len(hosts) == 2
+    assert addresses[0]
+    assert addresses[1]
+    assert not addresses[0] & addresses[1]
+    assert not any("restarted" in command.text for command in commands)
+    for command in commands:
         command.process.send_signal(signal.SIGINT)
-    assert [await first.end(), await second.end()] == [0, 0]
+    assert [await command.end() for command in commands] == [0, 0]
 
 
 async def test_on_a_terminal_a_table_shows_every_rank(desk: Desk) -> None:
