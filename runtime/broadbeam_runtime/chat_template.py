@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+# A template is the model's own program: what it does with odd messages raises what any program does.
+FAILURES = (
+    jinja2.exceptions.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 
 class TemplateError(ValueError):
@@ -45,17 +57,21 @@ class ChatTemplate:
         self._special_tokens = special_tokens
 
     def render(
-        self, messages: list[dict[str, Any]], add_generation_prompt: bool = True, **variables: Any
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt text; TemplateError carries the template's own complaint."""
-        context = {**self._special_tokens, **variables}
+        context = {
+            **self._special_tokens,
+            **(variables or {}),
+            "messages": messages,
+            "add_generation_prompt": add_generation_prompt,
+            "tools": None,
+            "documents": None,
+        }
         try:
-            return self._template.render(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **context,
-            )
-        except (jinja2.exceptions.TemplateError, TypeError) as error:
+            return self._template.render(context)
+        except FAILURES as error:
             raise TemplateError(f"the model's chat template refused the messages: {error}") from error

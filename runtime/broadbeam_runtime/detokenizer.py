@@ -147,6 +147,31 @@ class TextStream:
         return 0
 
 
+class DeltaBuffer:
+    """Joins deltas of one choice until `interval` tokens wait; the first and the last go at once."""
+
+    def __init__(self, interval: int) -> None:
+        self._interval = interval
+        self._waiting: list[Delta] = []
+        self.sent_messages = 0
+
+    def add(self, delta: Delta) -> Delta | None:
+        self._waiting.append(delta)
+        tokens = sum(len(item.token_ids) for item in self._waiting)
+        if delta.finish is None and self.sent_messages and tokens < self._interval:
+            return None
+        joined = Delta(
+            "".join(item.text for item in self._waiting),
+            tuple(token for item in self._waiting for token in item.token_ids),
+            tuple(item for waiting in self._waiting for item in waiting.logprobs),
+            delta.finish,
+            delta.stop_reason,
+        )
+        self._waiting = []
+        self.sent_messages += 1
+        return joined
+
+
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
     """One token as text, for logprobs; part of a character shows as U+FFFD."""
     raw = tokenizer.token_bytes(token_id)

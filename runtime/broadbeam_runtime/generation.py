@@ -11,8 +11,8 @@ from dataclasses import replace
 from broadbeam_runtime.core import Engine, Output, Request
 from broadbeam_runtime.detokenizer import Delta, TextStream
 from broadbeam_runtime.metrics import RankMetrics, RequestTimes
-from broadbeam_runtime.openai_api import Generation
 from broadbeam_runtime.openai_responses import Choice
+from broadbeam_runtime.request_checks import Generation
 from broadbeam_runtime.tokenizer import Tokenizer
 
 

@@ -9,7 +9,8 @@ from importlib.metadata import version
 from typing import Any
 
 from broadbeam_runtime.core import FinishReason, TokenLogprob
-from broadbeam_runtime.detokenizer import Delta, token_text
+from broadbeam_runtime.detokenizer import ByteDetokenizer, Delta, WindowDetokenizer, detokenizer, token_text
+from broadbeam_runtime.request_checks import Generation
 from broadbeam_runtime.tokenizer import Tokenizer
 
 FINGERPRINT = f"broadbeam-{version('broadbeam')}"
@@ -49,6 +50,20 @@ class Usage:
         }
 
 
+class TextOffset:
+    """Characters of an answer before its next token: a token that is only part of one adds none."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._detokenizer: ByteDetokenizer | WindowDetokenizer = detokenizer(tokenizer, skip_special_tokens)
+        self._characters = 0
+
+    def pass_by(self, token_id: int) -> int:
+        """Where this token's text begins."""
+        begins = self._characters
+        self._characters += len(self._detokenizer.push(token_id))
+        return begins
+
+
 class CompletionShape:
     """Bodies of /v1/completions."""
 
@@ -56,13 +71,14 @@ class CompletionShape:
     chunk_kind = "text_completion"
 
     def __init__(
-        self, answer_id: str, model: str, tokenizer: Tokenizer, token_ids: bool, logprobs: bool
+        self, answer_id: str, model: str, tokenizer: Tokenizer, wanted: Generation, logprobs: bool
     ) -> None:
         self._head = {"id": answer_id, "created": int(time.time()), "model": model}
         self._tokenizer = tokenizer
-        self._token_ids = token_ids
+        self._token_ids = wanted.return_token_ids
+        self._skip_special = wanted.text.skip_special_tokens
         self._logprobs = logprobs
-        self._offsets: dict[int, int] = {}
+        self._offsets: dict[int, TextOffset] = {}
 
     def opening(self, indexes: Sequence[int]) -> list[dict[str, Any]]:
         """Chunks before the first delta."""
@@ -121,23 +137,23 @@ class CompletionShape:
         }
 
     def _completion_logprobs(self, index: int, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """Parallel lists; `text_offset` counts characters from the start of the answer."""
+        """Parallel lists; `text_offset` is where a token's text begins in the answer."""
         body: dict[str, list[Any]] = {
             "tokens": [],
             "token_logprobs": [],
             "top_logprobs": [],
             "text_offset": [],
         }
-        offset = self._offsets.get(index, 0)
+        if index not in self._offsets:
+            self._offsets[index] = TextOffset(self._tokenizer, self._skip_special)
+        offset = self._offsets[index]
         for item in logprobs:
             text = token_text(self._tokenizer, item.token_id)
             top = {token_text(self._tokenizer, token): value for token, value in item.top}
             body["tokens"].append(text)
             body["token_logprobs"].append(item.logprob)
             body["top_logprobs"].append({text: item.logprob} | top)
-            body["text_offset"].append(offset)
-            offset += len(text)
-        self._offsets[index] = offset
+            body["text_offset"].append(offset.pass_by(item.token_id))
         return body
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from broadbeam_runtime.api_error import ApiError
+from broadbeam_runtime.core import ModelInfo
 from broadbeam_runtime.openai_api import ChatRequest, CompletionRequest
+from broadbeam_runtime.request_checks import check_ids
 from broadbeam_runtime.tokenizer import Tokenizer
 
 
 def of_completion(
-    body: CompletionRequest, tokenizer: Tokenizer, vocab_size: int
+    body: CompletionRequest, tokenizer: Tokenizer, model: ModelInfo
 ) -> tuple[tuple[int, ...], ...]:
     """`prompt` as token ids: a string, token ids, or a list of either."""
     prompt = body.prompt
@@ -20,36 +22,44 @@ def of_completion(
         items = [prompt]
     else:
         items = prompt
-    prompts = tuple(_prompt(item, body.add_special_tokens, tokenizer, vocab_size) for item in items)
+    prompts = tuple(_prompt(item, body.add_special_tokens, tokenizer, model) for item in items)
     if not prompts or not all(prompts):
         raise ApiError(400, "prompt is empty", "prompt")
     return prompts
 
 
-def _prompt(item: Any, add_special_tokens: bool, tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:
+def _prompt(item: Any, add_special_tokens: bool, tokenizer: Tokenizer, model: ModelInfo) -> tuple[int, ...]:
     if isinstance(item, str):
-        ids = tokenizer.encode(item, add_special_tokens)
-        if ids and max(ids) >= vocab_size:
-            raise ApiError(
-                500,
-                f"the tokenizer made token {max(ids)}, but the model knows {vocab_size} tokens",
-            )
-        return tuple(ids)
+        return tuple(encode(item, add_special_tokens, tokenizer, model, "prompt"))
     if isinstance(item, list) and all(type(token) is int for token in item):
-        check_ids(item, vocab_size, "prompt")
+        check_ids(item, model.vocab_size, "prompt")
         return tuple(item)
     raise ApiError(400, "prompt must be a string, a list of token ids, or a list of either", "prompt")
 
 
-def check_ids(ids: list[int], vocab_size: int, name: str) -> None:
-    for token in ids:
-        if not 0 <= token < vocab_size:
-            raise ApiError(
-                400, f"{name} holds token id {token}, it must be between 0 and {vocab_size - 1}", name
-            )
+def encode(
+    text: str, add_special_tokens: bool, tokenizer: Tokenizer, model: ModelInfo, name: str
+) -> list[int]:
+    """`text` as token ids. What cannot fit the context is refused before the tokenizer spends about a second
+    and 160 MB on each megabyte of it."""
+    fewest = len(text) // tokenizer.longest_token
+    if fewest > model.max_model_len:
+        raise ApiError(
+            400,
+            f"the prompt has {len(text)} characters, that is {fewest} tokens or more, "
+            f"but the model's context is {model.max_model_len} tokens",
+            name,
+            "context_length_exceeded",
+        )
+    ids = tokenizer.encode(text, add_special_tokens)
+    if ids and max(ids) >= model.vocab_size:
+        raise ApiError(
+            500, f"the tokenizer made token {max(ids)}, but the model knows {model.vocab_size} tokens"
+        )
+    return ids
 
 
-def of_chat(body: ChatRequest, tokenizer: Tokenizer) -> tuple[int, ...]:
+def of_chat(body: ChatRequest, tokenizer: Tokenizer, model: ModelInfo) -> tuple[int, ...]:
     if body.continue_final_message and body.add_generation_prompt:
         raise ApiError(
             400, "continue_final_message needs add_generation_prompt to be false", "continue_final_message"
@@ -61,7 +71,10 @@ def of_chat(body: ChatRequest, tokenizer: Tokenizer) -> tuple[int, ...]:
         variables["reasoning_effort"] = body.reasoning_effort
     text = render(tokenizer, body.messages, body.add_generation_prompt, variables)
     # The template writes the special tokens itself.
-    return tuple(tokenizer.encode(text, body.add_special_tokens))
+    ids = encode(text, body.add_special_tokens, tokenizer, model, "messages")
+    if not ids:
+        raise ApiError(400, "the chat template made an empty prompt of the messages", "messages")
+    return tuple(ids)
 
 
 def render(
@@ -80,7 +93,7 @@ def render(
             400, f"chat_template_kwargs must not set {sorted(reserved)[0]}", "chat_template_kwargs"
         )
     plain = [_plain(message, f"messages[{index}]") for index, message in enumerate(messages)]
-    return tokenizer.chat.render(plain, add_generation_prompt, **(variables or {}))
+    return tokenizer.chat.render(plain, add_generation_prompt, variables)
 
 
 def _plain(message: dict[str, Any], where: str) -> dict[str, Any]:

@@ -168,11 +168,12 @@ class Scheduler:
             return "the prompt is empty"
         if len(prompt) >= self.limits.max_len:
             return f"the prompt has {len(prompt)} tokens, the model takes at most {self.limits.max_len - 1}"
-        if not all(0 <= token < self.limits.vocab for token in prompt):
-            return f"the prompt has a token id outside 0..{self.limits.vocab - 1}"
+        remote = request.remote_prefill
+        first = (remote.first_token.token_id,) if remote and remote.first_token else ()
+        if not all(0 <= i < self.limits.vocab for i in (*prompt, *first, *request.sampling.stop_token_ids)):
+            return f"the request has a token id outside 0..{self.limits.vocab - 1}"
         if self.transfers is None and (request.hold_blocks or request.remote_prefill):
             return "this engine has no KV connector (kv_transfer is not configured)"
-        remote = request.remote_prefill
         if remote and remote.num_tokens != len(prompt):
             return f"the prefill rank computed {remote.num_tokens} tokens, the prompt has {len(prompt)}"
         return None

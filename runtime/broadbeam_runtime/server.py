@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import msgspec
 from aiohttp import web
 
 from broadbeam_runtime import openai_api as api
-from broadbeam_runtime import prompts, transfer_params
+from broadbeam_runtime import prompts, request_checks, transfer_params
 from broadbeam_runtime.api_error import ApiError
 from broadbeam_runtime.chat_template import TemplateError
 from broadbeam_runtime.core import ModelInfo
-from broadbeam_runtime.detokenizer import Delta
+from broadbeam_runtime.detokenizer import DeltaBuffer
 from broadbeam_runtime.generation import EngineClient, GenerationError, Sequences
 from broadbeam_runtime.metrics import CONTENT_TYPE, RankMetrics
 from broadbeam_runtime.openai_responses import ChatShape, CompletionShape, Usage
+from broadbeam_runtime.request_checks import Generation
 from broadbeam_runtime.tokenizer import Tokenizer
 
 MAX_BODY_BYTES = 32 * 2**20
 RETRY_AFTER_S = 1
+LARGE_BODY_BYTES = 2**16  # takes the tokenizer some 50 ms, which other answers need not wait for
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,26 +76,24 @@ class RankServer:
 
     async def _completions(self, request: web.Request) -> web.StreamResponse:
         served = self._ready()
-        body = api.decode(await request.read(), api.CompletionRequest)
+        raw = await request.read()
+        body = api.decode(raw, api.CompletionRequest)
         self._check_model(body.model)
-        prompt_ids = prompts.of_completion(body, served.tokenizer, served.info.vocab_size)
-        wanted = api.generation(body, prompt_ids, served.info.max_model_len, self._can_transfer)
+        prompt_ids = await _beside(raw, prompts.of_completion, body, served.tokenizer, served.info)
+        wanted = request_checks.generation(body, prompt_ids, served.info, self._can_transfer)
         answer_id = api.request_id(request.headers.get("X-Request-Id"), "cmpl", uuid.uuid4().hex)
-        shape = CompletionShape(
-            answer_id, self._name, served.tokenizer, wanted.return_token_ids, body.logprobs is not None
-        )
+        shape = CompletionShape(answer_id, self._name, served.tokenizer, wanted, body.logprobs is not None)
         return await self._generate(request, served, wanted, answer_id, shape)
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         served = self._ready()
-        body = api.decode(await request.read(), api.ChatRequest)
+        raw = await request.read()
+        body = api.decode(raw, api.ChatRequest)
         self._check_model(body.model)
-        prompt = prompts.of_chat(body, served.tokenizer)
-        wanted = api.generation(body, (prompt,), served.info.max_model_len, self._can_transfer)
+        prompt = await _beside(raw, prompts.of_chat, body, served.tokenizer, served.info)
+        wanted = request_checks.generation(body, (prompt,), served.info, self._can_transfer)
         answer_id = api.request_id(request.headers.get("X-Request-Id"), "chatcmpl", uuid.uuid4().hex)
-        shape = ChatShape(
-            answer_id, self._name, served.tokenizer, wanted.return_token_ids, bool(body.logprobs)
-        )
+        shape = ChatShape(answer_id, self._name, served.tokenizer, wanted, bool(body.logprobs))
         return await self._generate(request, served, wanted, answer_id, shape)
 
     async def _models(self, _: web.Request) -> web.Response:
@@ -108,15 +111,17 @@ class RankServer:
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         served = self._ready()
-        body = api.decode(await request.read(), api.TokenizeRequest)
+        raw = await request.read()
+        body = api.decode(raw, api.TokenizeRequest)
         self._check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "give either prompt or messages", "prompt")
         if body.messages is not None:
-            text = prompts.render(served.tokenizer, body.messages, body.add_generation_prompt)
-            tokens = served.tokenizer.encode(text, bool(body.add_special_tokens))
+            text, special = prompts.render(served.tokenizer, body.messages, body.add_generation_prompt), False
         else:
-            tokens = served.tokenizer.encode(body.prompt or "", body.add_special_tokens is not False)
+            text, special = body.prompt or "", True
+        special = special if body.add_special_tokens is None else body.add_special_tokens
+        tokens = await _beside(raw, prompts.encode, text, special, served.tokenizer, served.info, "prompt")
         shown = (
             [served.tokenizer.decode([token], False) for token in tokens] if body.return_token_strs else None
         )
@@ -127,7 +132,7 @@ class RankServer:
         served = self._ready()
         body = api.decode(await request.read(), api.DetokenizeRequest)
         self._check_model(body.model)
-        prompts.check_ids(body.tokens, served.info.vocab_size, "tokens")
+        request_checks.check_ids(body.tokens, served.info.vocab_size, "tokens")
         return _json({"prompt": served.tokenizer.decode(body.tokens, False)})
 
     async def _health(self, _: web.Request) -> web.Response:
@@ -144,7 +149,7 @@ class RankServer:
         self,
         request: web.Request,
         served: ServedModel,
-        wanted: api.Generation,
+        wanted: Generation,
         answer_id: str,
         shape: CompletionShape,
     ) -> web.StreamResponse:
@@ -166,7 +171,7 @@ class RankServer:
         self,
         request: web.Request,
         sequences: Sequences,
-        wanted: api.Generation,
+        wanted: Generation,
         shape: CompletionShape,
         headers: dict[str, str],
     ) -> web.StreamResponse:
@@ -235,29 +240,11 @@ class RankServer:
         return _json(failure.body(), headers, failure.status)
 
 
-class DeltaBuffer:
-    """Joins deltas of one choice until `interval` tokens wait; the first and the last go at once."""
-
-    def __init__(self, interval: int) -> None:
-        self._interval = interval
-        self._waiting: list[Delta] = []
-        self.sent_messages = 0
-
-    def add(self, delta: Delta) -> Delta | None:
-        self._waiting.append(delta)
-        tokens = sum(len(item.token_ids) for item in self._waiting)
-        if delta.finish is None and self.sent_messages and tokens < self._interval:
-            return None
-        joined = Delta(
-            "".join(item.text for item in self._waiting),
-            tuple(token for item in self._waiting for token in item.token_ids),
-            tuple(item for waiting in self._waiting for item in waiting.logprobs),
-            delta.finish,
-            delta.stop_reason,
-        )
-        self._waiting = []
-        self.sent_messages += 1
-        return joined
+async def _beside(body: bytes, make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """`make`'s answer; from a thread if `body` is large, so that the event loop goes on meanwhile."""
+    if len(body) < LARGE_BODY_BYTES:
+        return make(*args, **kwargs)
+    return await asyncio.to_thread(make, *args, **kwargs)
 
 
 def _usage(sequences: Sequences) -> Usage:

@@ -56,6 +56,10 @@ class SimTokenizer:
     def vocab_size(self) -> int:
         return len(self._bytes)
 
+    @property
+    def longest_token(self) -> int:
+        return max(map(len, self._bytes))
+
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         ids: list[int] = []
         for special, word, other in _PIECES.findall(text):

@@ -23,6 +23,10 @@ class Tokenizer(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
+    @property
+    def longest_token(self) -> int:
+        """The most characters of a text that become one token."""
+
     def encode(self, text: str, add_special_tokens: bool) -> list[int]: ...
 
     def decode(self, ids: list[int], skip_special_tokens: bool) -> str: ...
@@ -63,6 +67,11 @@ class HuggingFaceTokenizer:
         added = raw.get("added_tokens", [])
         self._special = frozenset(token["id"] for token in added if token.get("special"))
         self._added = {token["id"]: token["content"] for token in added}
+        # A vocabulary of bytes spells each byte as a character. Normalising may shorten a text: an accent
+        # joins its letter, and Hangul of three letters becomes one.
+        normalizer = raw.get("normalizer")
+        plain = normalizer is None or normalizer.get("normalizers") == []
+        self._longest = max(map(len, self._fast.get_vocab()), default=1) * (1 if plain else 4)
         self._config = _optional_json(Path(directory) / "tokenizer_config.json")
         self._chat = self._chat_template(Path(directory))
 
@@ -86,6 +95,10 @@ class HuggingFaceTokenizer:
     @property
     def vocab_size(self) -> int:
         return int(self._fast.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def longest_token(self) -> int:
+        return self._longest
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return list(self._fast.encode(text, add_special_tokens=add_special_tokens).ids)

@@ -125,7 +125,7 @@ class _Fields:
     def only(self, name: str, *allowed: Any) -> None:
         """Refuse a field whose value changes the computation in a way we do not have."""
         if (value := self.config.get(name)) not in (None, *allowed):
-            raise ValueError(f"{name} is {value!r}; served: {' or '.join(map(repr, allowed))}")
+            raise ValueError(f"{name} is {value!r}; served: {' or '.join(map(repr, allowed or (None,)))}")
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -188,7 +188,8 @@ def _shape(fields: _Fields, eos: tuple[int, ...], **extra: Any) -> Architecture:
         rope=_rope(fields),
         tied=fields.get("tie_word_embeddings", False),
         dtype=fields.get("dtype") or fields.get("torch_dtype") or "bfloat16",
-        eos_token_ids=eos,
+        # An end beyond the embedding can never be sampled.
+        eos_token_ids=tuple(token for token in eos if 0 <= token < fields.need("vocab_size")),
         **extra,
     )
 

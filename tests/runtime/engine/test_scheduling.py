@@ -90,6 +90,11 @@ def test_the_last_admitted_gives_up_its_blocks_and_comes_back() -> None:
         pytest.param(request("a", ()), "the prompt is empty", id="empty"),
         pytest.param(request("a", 200), "the prompt has 200 tokens, the model takes at most 199", id="long"),
         pytest.param(request("a", (5, 1000)), "a token id outside 0..999", id="unknown token"),
+        pytest.param(
+            request("a", stop_token_ids=(1000,), min_tokens=1),
+            "a token id outside 0..999",
+            id="unknown stop token",
+        ),
     ],
 )
 def test_what_can_never_run_is_refused(given_request: Request, message: str) -> None:

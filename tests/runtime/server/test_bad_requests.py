@@ -21,6 +21,12 @@ def pod(start_shared_pod: Callable[..., Any]) -> Any:
     ("path", "body", "message"),
     [
         pytest.param("completions", b"{", "not valid JSON", id="broken JSON"),
+        pytest.param(
+            "completions",
+            b'{"prompt":' + b"[" * 10**5,
+            "nested too deeply",
+            id="nested",
+        ),
         pytest.param("completions", {"model": "demo"}, "missing required field `prompt`", id="no prompt"),
         pytest.param(
             "completions", TEXT | {"max_tokens": "7"}, "max_tokens: Expected `int | null`", id="wrong type"
@@ -59,6 +65,24 @@ def pod(start_shared_pod: Callable[..., Any]) -> Any:
             id="id",
         ),
         pytest.param("completions", TEXT | {"prompt": [1, "a"]}, "prompt", id="mixed list"),
+        pytest.param(
+            "completions",
+            TEXT | {"stop_token_ids": [10**6], "min_tokens": 2},
+            "stop_token_ids holds token id 1000000, it must be between 0 and",
+            id="stop token",
+        ),
+        pytest.param(
+            "completions",
+            TEXT | {"prompt": [[300]] * 1025, "n": 2},
+            "1025 prompts, n = 2 times each: the limit is 2048 answers",
+            id="answers",
+        ),
+        pytest.param(
+            "completions",
+            TEXT | {"prompt": "sea " * 2**20},
+            "the prompt has 4194304 characters, that is 322638 tokens or more, but the model's context is",
+            id="long text",
+        ),
         pytest.param(
             "completions", TEXT | {"stop": ["a"] * 17}, "stop has 17 strings, the limit is 16", id="stops"
         ),
@@ -103,6 +127,12 @@ def pod(start_shared_pod: Callable[..., Any]) -> Any:
             "response_format = ",
             id="format",
         ),
+        pytest.param(
+            "chat/completions",
+            CHAT | {"chat_template_kwargs": {"messages": []}},
+            "chat_template_kwargs must not set messages",
+            id="template",
+        ),
     ],
 )
 def test_a_bad_request_is_answered_with_400_and_one_line(
@@ -133,6 +163,10 @@ def test_neutral_values_of_unsupported_fields_pass(pod: Any) -> None:
         "n": None,
     }
     assert pod.post("/v1/chat/completions", CHAT | {"max_tokens": 2} | neutral)[0] == 200
+
+
+def test_a_variable_of_the_chat_template_may_have_any_name(pod: Any) -> None:
+    assert pod.post("/v1/chat/completions", CHAT | {"chat_template_kwargs": {"self": 1}})[0] == 200
 
 
 def test_a_body_over_the_limit_is_413(pod: Any) -> None:

@@ -8,8 +8,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from broadbeam_runtime.chat_template import ChatTemplate, TemplateError
 from broadbeam_runtime.core import Output
-from broadbeam_runtime.detokenizer import TextRules, TextStream, WindowDetokenizer, detokenizer
-from broadbeam_runtime.server import DeltaBuffer
+from broadbeam_runtime.detokenizer import DeltaBuffer, TextRules, TextStream, WindowDetokenizer, detokenizer
+from broadbeam_runtime.openai_responses import TextOffset
 from broadbeam_runtime.sim_tokenizer import END, FIRST_BYTE, SimTokenizer
 from broadbeam_runtime.tokenizer import HuggingFaceTokenizer, TokenizerError
 
@@ -99,6 +99,19 @@ def test_the_first_message_and_the_last_do_not_wait_for_the_interval(interval: i
     assert "".join(delta.text for delta in sent) == "abcdefg"
 
 
+@pytest.mark.parametrize("text", ["plain", "a⛵漢b", "👩‍👩‍👧 sea"])
+def test_an_offset_is_where_a_tokens_text_begins_though_its_character_takes_several(text: str) -> None:
+    offset = TextOffset(SimTokenizer(), True)
+    whole = text.encode()
+    expected = [len(whole[:at].decode(errors="ignore")) for at in range(len(whole))]
+    assert [offset.pass_by(token) for token in tokens_of(text)] == expected
+
+
+def test_tokens_that_are_not_shown_move_no_offset() -> None:
+    offset = TextOffset(SimTokenizer(), True)
+    assert [offset.pass_by(token) for token in (*tokens_of("a"), END, *tokens_of("bc"))] == [0, 1, 1, 2]
+
+
 def byte_level(path: str) -> None:
     fast = Fast(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -147,7 +160,7 @@ def test_a_template_names_tokens_and_variables() -> None:
         "{{ bos_token }}{% for m in messages %}{{ m.role }}:{{ m.content | tojson }}{% endfor %}{{ style }}"
     )
     template = ChatTemplate(source, {"bos_token": "<s>"})
-    assert template.render([{"role": "user", "content": "<é>"}], style="!") == '<s>user:"<é>"!'
+    assert template.render([{"role": "user", "content": "<é>"}], variables={"style": "!"}) == '<s>user:"<é>"!'
 
 
 @pytest.mark.parametrize(
@@ -159,6 +172,7 @@ def test_a_template_names_tokens_and_variables() -> None:
         pytest.param("{{ ''.__class__.__mro__ }}", "unsafe", id="an escape from the sandbox"),
         pytest.param("{{ messages.append(1) }}", "not safely callable|unsafe", id="a change to its input"),
         pytest.param("{% for %}", "cannot be compiled", id="no template"),
+        pytest.param("{{ messages[0].content.index('x') }}", "substring not found", id="its own failure"),
     ],
 )
 def test_a_template_that_fails_says_why(source: str, message: str) -> None:
