@@ -65,9 +65,10 @@ def test_get_prints_useful_columns(sim: Serving) -> None:
 
 
 def test_transitions_are_told_as_events(sim: Serving) -> None:
-    events = sim.kubectl("get", "events", "--field-selector=involvedObject.kind=ServingCluster", "-o=name")
+    about = f"--field-selector=involvedObject.kind=ServingCluster,involvedObject.name={sim.name}"
+    reasons = sim.kubectl("get", "events", about, "--output=jsonpath={.items[*].reason}").split()
 
-    assert events.strip()
+    assert {"Accepted", "Progressing", "Available", "Complete"} <= set(reasons)
 
 
 def test_a_pool_is_scaled_and_scaled_back(sim: Serving) -> None:
