@@ -9,6 +9,9 @@ BOOTSTRAP := $(CACHE)/uv-$(UV_VERSION)
 UV := $(BOOTSTRAP)/bin/uv
 BIN := .venv/bin
 PROMPT ?= Why is the sky blue? Answer in two sentences.
+# As it was typed, through the environment: what make or the shell would expand means itself in a question.
+override PROMPT := $(value PROMPT)
+export PROMPT
 # Test processes of `make unit`: half of a test's time it waits for processes, so two pay on two cores.
 WORKERS ?= 2
 # TORCH_BACKEND=cpu takes uv's small CPU build of torch, where its index can be reached.
@@ -20,25 +23,23 @@ export HF_HUB_OFFLINE ?= 1
 help: ## print the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-$(UV):
-	@echo "installing uv $(UV_VERSION) into $(BOOTSTRAP)"
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Broadbeam needs Python >= 3.11; set PYTHON=/path/to/python3.11")'
-	@$(PYTHON) -m venv $(BOOTSTRAP)
-	@$(BOOTSTRAP)/bin/pip install -q --disable-pip-version-check uv==$(UV_VERSION)
-
 # With TORCH_BACKEND, torch and what that build of it needs come first; then the lock, without what another build needs.
 # The stamp lives in the clone; the wheels come from uv's cache, so a second clone takes seconds.
-.venv/.stamp-$(TORCH_BACKEND): requirements/dev.lock pyproject.toml | $(UV)
+.venv/.stamp-$(TORCH_BACKEND): requirements/dev.lock pyproject.toml
 	@! ls */__init__.py 2>/dev/null || { echo "a top-level folder holds an __init__.py: operator/__init__.py would shadow the standard library"; exit 1; }
+	@test -x "$(UV)" || { echo "installing uv $(UV_VERSION) into $(BOOTSTRAP)"; \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Broadbeam needs Python >= 3.11; set PYTHON=/path/to/python3.11")'; \
+	  $(PYTHON) -m venv "$(BOOTSTRAP)"; \
+	  "$(BOOTSTRAP)/bin/python" -m pip install -q --disable-pip-version-check uv==$(UV_VERSION); }
 	@echo "preparing .venv (the first time downloads torch: 4.5 GB, or 0.2 GB with TORCH_BACKEND=cpu)"; start=$$SECONDS; \
-	test -x $(BIN)/python || $(UV) venv -q --python $(PYTHON) .venv; \
+	test -x $(BIN)/python || "$(UV)" venv -q --allow-existing --python $(PYTHON) .venv; \
 	if [ -n "$(TORCH_BACKEND)" ]; then \
-	  $(UV) pip install --torch-backend $(TORCH_BACKEND) -c requirements/dev.lock torch; \
-	  grep -vE '^(torch|nvidia-[a-z0-9-]+|cuda-[a-z-]+)==' requirements/dev.lock | $(UV) pip install --no-deps -r -; \
+	  "$(UV)" pip install --torch-backend $(TORCH_BACKEND) -c requirements/dev.lock torch; \
+	  grep -vE '^(torch|nvidia-[a-z0-9-]+|cuda-[a-z-]+)==' requirements/dev.lock | "$(UV)" pip install --no-deps -r -; \
 	else \
-	  $(UV) pip install -r requirements/dev.lock; \
+	  "$(UV)" pip install -r requirements/dev.lock; \
 	fi; \
-	$(UV) pip install -q --no-deps -e .; \
+	"$(UV)" pip install -q --no-deps -e .; \
 	touch $@; echo "prepared .venv in $$((SECONDS - start)) s"
 
 .PHONY: setup
@@ -46,7 +47,7 @@ setup: .venv/.stamp-$(TORCH_BACKEND) ## make the virtual environment .venv
 
 .PHONY: demo
 demo: setup ## serve a small real model with prefill and decode apart, ask it one question (PROMPT="…")
-	@$(BIN)/broadbeam demo examples/laptop.yaml --prompt '$(subst ','\'',$(PROMPT))'
+	@$(BIN)/broadbeam demo examples/laptop.yaml --prompt="$$PROMPT"
 
 .PHONY: check
 check: setup ## format, lint, types, import contracts, generated files fresh
