@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from broadbeam_operator.commands import app
 from broadbeam_operator.images import Images
 from broadbeam_operator.manifests import manifests
 
+BROADBEAM = str(Path(sys.executable).parent / "broadbeam")
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 
 
@@ -133,3 +136,35 @@ def test_the_operator_refuses_wrong_usage_in_one_line(arguments, words):
     assert result.exit_code == 2
     assert words in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("word", ["render", "explain"])
+def test_an_output_that_cannot_be_written_is_one_line(word):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [BROADBEAM, word, str(EXAMPLES[0])], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (1, "broadbeam: standard output: No space left on device\n")
+
+
+@pytest.mark.parametrize("word", ["render", "explain"])
+def test_a_closed_output_is_no_error(word):
+    done = subprocess.run(
+        ["bash", "-c", '"$@" >&-', "-", BROADBEAM, word, str(EXAMPLES[0])],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_user_without_a_home_is_told_to_name_a_cache(monkeypatch):
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    result = CliRunner().invoke(app, ["up", str(EXAMPLES[-1])])
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "broadbeam: this user has no home folder: give --cache FOLDER, or set BROADBEAM_CACHE\n"
+    )

@@ -22,7 +22,7 @@ from broadbeam_operator.local.preflight import host_bytes, look, obstacles
 from broadbeam_operator.local.reload import ManifestFile, RefusedError
 from broadbeam_operator.local.session import PortInUseError, Session, Settings, open_session
 from broadbeam_operator.local.up import EXIT_FAILED, CannotServeError, Interrupt, interrupts, up
-from broadbeam_operator.local.view import Clock, LineView, LiveView, View
+from broadbeam_operator.local.view import Clock, LineView, LiveView, View, can_redraw
 
 EXIT_USAGE = 2
 
@@ -81,8 +81,8 @@ def run_up(
     title = f"{meta.name} ({told.cluster.spec.model.name})"
 
     async def body(session: Session, interrupt: Interrupt) -> int:
-        live = console.is_terminal
-        view: View = LiveView(console, clock, title, session.url) if live else LineView(console, clock)
+        live = LiveView(console, clock, title, session.url) if can_redraw(console) else None
+        view: View = live or LineView(console, clock)
         view.say(f"starting {title}; logs in {session.folder}")
         try:
             return await up(session, view, interrupt, told.timeout_s, told.key, told.file)
@@ -141,7 +141,8 @@ def _run(told: Invocation, body: Callable[[Session, Interrupt], Awaitable[int]])
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_FAILED)
     except OSError as error:  # a cache that cannot be written, a full disk
-        _complain(f"{error.filename or told.settings.cache}: {error.strerror}")
+        where = error.filename or f"{told.settings.cache} or standard output"
+        _complain(f"{where}: {error.strerror}")
         sys.exit(EXIT_FAILED)
 
 
@@ -164,7 +165,7 @@ def _invocation(
     except RefusedError as error:
         _refuse(error.lines, EXIT_USAGE if error.malformed else EXIT_FAILED)
     settings = Settings(
-        cache=(cache or Path.home() / ".cache" / "broadbeam").absolute(),
+        cache=(cache or _default_cache()).absolute(),
         bin_dir=Path(sys.executable).parent,
         inherited=inherited_environment(os.environ),
         secrets=folders,
@@ -188,6 +189,13 @@ def _manifest(
     if problems := refusals(cluster) or obstacles(cluster, machine, secrets):
         raise RefusedError([f"{file}: {problem}" for problem in problems], malformed=False)
     return cluster
+
+
+def _default_cache() -> Path:
+    try:
+        return Path.home() / ".cache" / "broadbeam"
+    except RuntimeError:  # neither HOME nor an entry for this user
+        _refuse([f"this user has no home folder: give --cache FOLDER, or set {ENV_CACHE}"])
 
 
 def inherited_environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -229,7 +237,8 @@ def _first_key(cluster: ServingCluster, folders: Mapping[str, Path]) -> str | No
     if auth is None:
         return None
     files = [path for path in sorted(folders[auth.secret_ref.name].iterdir()) if path.is_file()]
-    keys = [line.strip() for path in files for line in path.read_text().splitlines() if line.strip()]
+    lines = [line.strip() for path in files for line in path.read_text(errors="replace").splitlines()]
+    keys = [line for line in lines if line and line.isascii() and not line.startswith("#")]
     if not keys:
         _refuse([f"--secret {auth.secret_ref.name}: no file of {folders[auth.secret_ref.name]} holds a key"])
     return keys[0]

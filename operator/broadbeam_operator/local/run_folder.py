@@ -6,25 +6,33 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from tempfile import mkdtemp
 
 LOCK = ".lock"  # held by the process that owns the folder
 
 
 @contextmanager
 def run_folder(runs: Path, cluster: str) -> Iterator[Path]:
-    """`runs`/CLUSTER-PID for the length of the body; stays behind, for its logs, if the body raises."""
+    """A new `runs`/CLUSTER-… for the length of the body; stays, for its logs, if the body raises."""
     runs.mkdir(parents=True, exist_ok=True)
-    clean(runs)
-    folder = runs / f"{cluster}-{os.getpid()}"
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier process with our number
-    folder.mkdir()
-    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with ExitStack() as held:
+        with locked(runs / LOCK):  # nobody cleans a folder between its making and its lock
+            clean(runs)
+            folder = Path(mkdtemp(prefix=f"{cluster}-", dir=runs))
+            held.enter_context(locked(folder / LOCK))
         yield folder
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """The file is locked for the length of the body, or until this process ends."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
     finally:
         os.close(handle)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shlex
 import signal
 import time
 from collections.abc import Iterator
@@ -54,14 +55,19 @@ class Interrupt:
 
 @contextmanager
 def interrupts() -> Iterator[Interrupt]:
-    """Signals become events for the length of the body, after which the process is about to end."""
+    """Signals become events for the length of the body, after which the process is about to end.
+
+    One that is ignored stays so: under nohup a terminal that goes takes nothing with it.
+    """
     loop, interrupt = asyncio.get_running_loop(), Interrupt()
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    heeded = [signum for signum in signals if signal.getsignal(signum) is not signal.SIG_IGN]
+    for signum in heeded:
         loop.add_signal_handler(signum, interrupt.on_signal, signum)
     try:
         yield interrupt
     finally:
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for signum in heeded:
             loop.remove_signal_handler(signum)
             signal.signal(signum, signal.SIG_IGN)  # all is stopped; one more Ctrl-C changes nothing
 
@@ -180,7 +186,7 @@ async def up(
 def curl(url: str, model: str, key: str | None) -> str:
     """One line that asks the gateway something."""
     body = {"model": model, "messages": [{"role": "user", "content": "Why is the sky blue?"}], "stream": True}
-    auth = f" -H 'Authorization: Bearer {key}'" if key else ""
-    return (
-        f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json'{auth} -d '{json.dumps(body)}'"
-    )
+    headers = ["Content-Type: application/json", *([f"Authorization: Bearer {key}"] if key else [])]
+    words = ["curl", "-N", f"{url}/v1/chat/completions"]
+    words += [word for header in headers for word in ("-H", header)]
+    return shlex.join([*words, "-d", json.dumps(body)])

@@ -31,6 +31,11 @@ class View(Protocol):
     def close(self) -> None: ...
 
 
+def can_redraw(console: Console) -> bool:
+    """Whether what it shows can be drawn over: not a pipe, nor a terminal without such means."""
+    return console.is_terminal and not console.is_dumb_terminal
+
+
 @dataclass(slots=True)
 class Clock:
     begun_s: float = field(default_factory=time.monotonic)

@@ -82,8 +82,13 @@ class Desk:
         return path
 
     async def start(
-        self, *arguments: str | Path, port: int | None = None, environment: Mapping[str, str] | None = None
+        self,
+        *arguments: str | Path,
+        port: int | None = None,
+        environment: Mapping[str, str] | None = None,
+        before: Callable[[], None] | None = None,
     ) -> Command:
+        """`before` is run in the new process."""
         words = [
             BROADBEAM,
             *map(str, arguments),
@@ -98,6 +103,7 @@ class Desk:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             env={**os.environ, **(environment or {})},
+            preexec_fn=before,
         )
         command = Command(process)
         command.reading = asyncio.create_task(command.read())

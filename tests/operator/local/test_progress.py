@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 from typing import Any
 
 import pytest
@@ -10,7 +11,8 @@ from broadbeam_crds.conventions import LABEL_COMPONENT, LABEL_GROUP, LABEL_POOL
 from broadbeam_operator.cluster import Object
 from broadbeam_operator.local.exposition import samples, total
 from broadbeam_operator.local.progress import Progress, Throughput, pod_progress, throughput
-from broadbeam_operator.local.view import Clock, LineView, lines, table, tokens_per_s
+from broadbeam_operator.local.up import curl
+from broadbeam_operator.local.view import Clock, LineView, can_redraw, lines, table, tokens_per_s
 
 PAGE = """\
 # HELP vllm:generation_tokens_total Tokens.
@@ -120,3 +122,17 @@ def test_speed_is_what_was_generated_between_two_looks() -> None:
 
     assert tokens_per_s(at(1, 100), at(3, 150)) == 25
     assert tokens_per_s(at(1, 100), at(2, 5)) == 0
+
+
+@pytest.mark.parametrize(
+    ("terminal", "name", "can"), [(True, "xterm", True), (True, "dumb", False), (False, "xterm", False)]
+)
+def test_a_table_is_redrawn_only_where_it_can_be(terminal: bool, name: str, can: bool) -> None:
+    assert can_redraw(Console(force_terminal=terminal, _environ={"TERM": name})) == can
+
+
+def test_the_line_to_paste_is_safe_in_a_shell() -> None:
+    words = shlex.split(curl("http://127.0.0.1:8080", "it's $(here)", "k'1"))
+    assert words[:3] == ["curl", "-N", "http://127.0.0.1:8080/v1/chat/completions"]
+    assert "Authorization: Bearer k'1" in words
+    assert '"model": "it\'s $(here)"' in words[-1]

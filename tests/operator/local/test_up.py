@@ -126,7 +126,8 @@ async def test_on_a_terminal_a_table_shows_every_rank(desk: Desk) -> None:
 async def test_api_keys_come_from_a_folder(desk: Desk) -> None:
     keys = desk.folder / "keys"
     keys.mkdir()
-    (keys / "first").write_text("sesame\n")
+    (keys / "a certificate").write_bytes(b"\x30\x82\xff\n")
+    (keys / "first").write_text("# of the gate\n\nsesame\n")
     manifest = desk.manifest(gateway={"auth": {"secretRef": {"name": "keys"}}})
     command = await desk.start("up", manifest, "--secret", f"keys={keys}")
     url = (await command.until(r"available at (http://\S+)"))[1]
@@ -135,3 +136,23 @@ async def test_api_keys_come_from_a_folder(desk: Desk) -> None:
         for headers, status in (({}, 401), ({"Authorization": "Bearer sesame"}, 200)):
             async with http.get(f"{url}/v1/models", headers=headers) as response:
                 assert response.status == status
+
+
+async def test_under_nohup_a_terminal_that_goes_stops_nothing(desk: Desk) -> None:
+    def ignoring_hangups() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    command = await desk.start("up", desk.manifest(), before=ignoring_hangups)
+    await command.until(r"starting demo")
+    command.process.send_signal(signal.SIGHUP)
+    await command.until(r"Ctrl-C stops it")
+    command.process.send_signal(signal.SIGTERM)
+    assert await command.end() == 0
+    assert desk.left() == []
+
+
+async def test_a_terminal_that_cannot_show_a_letter_shows_another(desk: Desk) -> None:
+    words = ("--prompt", "Grüße?", "--max-tokens", "4")
+    command = await desk.start("demo", desk.manifest(), *words, environment={"PYTHONIOENCODING": "ascii"})
+    assert await command.end() == 0, command.text
+    assert "asking: Gr??e?" in command.text
