@@ -271,7 +271,7 @@ class Scheduler:
         if finish:
             self.running.remove(sequence)
             if sequence.request.hold_blocks and self.transfers:
-                params = self.transfers.hold(sequence, token)
+                params = self.transfers.hold(sequence)
             self.pool.release(sequence.blocks)
             sequence.blocks = []
         self.outputs.append(_output(sequence, token, finish, stop_token, params))

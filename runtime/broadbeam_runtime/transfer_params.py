@@ -73,4 +73,4 @@ def answer(
         "logprob": logprob and logprob.logprob,
         "top": list(logprob.top) if logprob else [],
     }
-    return {"first_token": first, **params, "remote_prefill_cached_tokens": cached_tokens}
+    return {**params, "first_token": first, "remote_prefill_cached_tokens": cached_tokens}

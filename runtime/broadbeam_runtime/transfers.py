@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from broadbeam_runtime.core import TRANSFER_BYTES, TRANSFER_S, TokenLogprob
+from broadbeam_runtime.core import TRANSFER_BYTES, TRANSFER_S
 from broadbeam_runtime.distribution import Distribution
 from broadbeam_runtime.kv.connector import KVConnector
 from broadbeam_runtime.kv.pool import BlockPool
@@ -74,21 +74,15 @@ class Transfers:
         """A waiting sequence was aborted before its pull began; its prefill rank may free its blocks."""
         self.connector.cancel(sequence.id)
 
-    def hold(self, sequence: Sequence, first: TokenLogprob) -> dict[str, object]:
+    def hold(self, sequence: Sequence) -> dict[str, object]:
         """Keep the finished prompt's blocks for a decode rank; the kv_transfer_params that lead to them."""
         count = self.pool.blocks_for(len(sequence.request.prompt_token_ids))
         self.pool.release(sequence.blocks[count:])
         self.held[sequence.id] = sequence.blocks[:count]
         sequence.blocks = []
-        params = self.connector.hold(
+        return self.connector.hold(
             sequence.id, self.held[sequence.id], len(sequence.request.prompt_token_ids)
         )
-        token = {
-            "token_id": first.token_id,
-            "logprob": first.logprob,
-            "top": [list(pair) for pair in first.top],
-        }
-        return {**params, "first_token": token}
 
     def poll(self) -> list[tuple[Sequence, str | None]]:
         """Free what was released; the pulls that ended, each with its error if it failed."""

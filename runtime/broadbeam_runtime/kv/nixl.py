@@ -11,7 +11,7 @@ import ipaddress
 import logging
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ import msgspec
 
 from broadbeam_runtime.kv.connector import PoolLayout
 from broadbeam_runtime.kv.leases import Ticket
-from broadbeam_runtime.kv.transport import MayRead, TransferError, Wake
+from broadbeam_runtime.kv.transport import NONSENSE, MayRead, TransferError, Wake
 
 if TYPE_CHECKING:
     import torch
@@ -125,17 +125,22 @@ class NixlTransport:
                 read.release()
         return bool(state == "DONE")
 
-    def abandon(self, read: Any) -> None:
+    def abandon(self, read: Any) -> bool:
         try:
             with _errors("cancel a read"):
-                read.release()
+                read.release()  # asks to cancel, and raises until the read has ended
         except TransferError:
-            return  # NIXL keeps the handle and cancels again when it is collected
+            return False
+        return True
 
     def finished(self) -> list[Ticket]:
         with _errors("read notifications"):
             messages = [message for sent in self._agent.get_new_notifs().values() for message in sent]
-        return [msgspec.msgpack.decode(message, type=Ticket) for message in messages]
+        tickets = []
+        for message in messages:
+            with suppress(*NONSENSE):
+                tickets.append(msgspec.msgpack.decode(message, type=Ticket))
+        return tickets
 
     def disconnect(self, peer: Peer) -> None:
         try:

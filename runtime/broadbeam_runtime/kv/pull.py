@@ -38,6 +38,7 @@ IDLE_POLL_S = 1.0
 WAITING_POLL_S = 0.1  # requests wait here: heartbeats and time limits fall due
 HOLDING_POLL_S = 0.002  # notifications of finished reads wake no socket
 SERVING_POLL_S = 0.001  # somebody reads from here, and some transports need this side's help
+SERVING_S = 1.5  # after a heartbeat: a reader whose lease has ended reads on until it hears of it
 READING_POLL_S = 0.0002
 
 
@@ -60,6 +61,7 @@ class PullConnector:
         self._lease_s = lease_s
         self._peer_timeout_s = peer_timeout_s
         self._leases = Leases(lease_s)
+        self._heartbeat_s = float("-inf")  # when the last one came
         self._released: deque[tuple[str, bool]] = deque()
         self._pulled: deque[PullResult] = deque()
         self._commands: deque[Callable[[], None]] = deque()
@@ -167,8 +169,10 @@ class PullConnector:
     def _wait(self) -> None:
         if self._readers.reading and not self._transport.wakes:
             timeout_s = READING_POLL_S
-        elif len(self._leases) and self._transport.notifies:
-            timeout_s = SERVING_POLL_S if self._leases.being_read else HOLDING_POLL_S
+        elif self._transport.notifies and (self._leases.being_read or self._heard_lately()):
+            timeout_s = SERVING_POLL_S
+        elif self._transport.notifies and len(self._leases):
+            timeout_s = HOLDING_POLL_S
         else:
             timeout_s = self._until_next_event()
         poller = zmq.Poller()
@@ -185,6 +189,9 @@ class PullConnector:
             os.read(self._wake_read, 4096)
         except BlockingIOError:
             return
+
+    def _heard_lately(self) -> bool:
+        return time.monotonic() < self._heartbeat_s + SERVING_S
 
     def _until_next_event(self) -> float:
         limit = WAITING_POLL_S if self._readers.waiting else IDLE_POLL_S
@@ -215,6 +222,7 @@ class PullConnector:
                     welcome = Welcome(self.engine_id, self._lease_s, self._blocks, self._reach)
                     self._listener.send(sender, Refused(reason) if reason else welcome)
                 case Heartbeat(number, tickets):
+                    self._heartbeat_s = now
                     gone = self._leases.renew(tickets, now)
                     self._listener.send(sender, Alive(number, self.engine_id, gone))
                 case Done(ticket):

@@ -8,81 +8,28 @@ read are never taken for the prompt's.
 from __future__ import annotations
 
 import time
-import uuid
 from collections import deque
-from dataclasses import dataclass, field
 from typing import Any
 
 import zmq
 
 from broadbeam_runtime.kv.connector import PoolLayout, PullResult
-from broadbeam_runtime.kv.leases import Ticket
-from broadbeam_runtime.kv.side_channel import Alive, Caller, Done, Heartbeat, Refused, Release, Welcome, hello
+from broadbeam_runtime.kv.pulls import Key, Peer, Pull, target_of
+from broadbeam_runtime.kv.side_channel import (
+    Alive,
+    Caller,
+    Done,
+    Heartbeat,
+    Refused,
+    Release,
+    SideChannelError,
+    Welcome,
+    hello,
+)
 from broadbeam_runtime.kv.transport import TransferError, Transport
 
 HEARTBEAT_S = 5.0  # while requests wait; at most a quarter of the lease
 BUSY_HEARTBEAT_S = 1.0  # while blocks are read, to notice a lost peer
-
-
-@dataclass(frozen=True, slots=True)
-class _Target:
-    """Where a request's blocks are, as `kv_transfer_params` said."""
-
-    engine_id: str
-    host: str
-    port: int
-    ticket: Ticket
-    remote_blocks: tuple[int, ...]
-
-    @property
-    def address(self) -> tuple[str, int]:
-        return self.host, self.port
-
-
-def _target(request_id: str, params: dict[str, Any]) -> _Target:
-    """TransferError says which field cannot be used. vLLM nests block ids by KV group; there is one here."""
-    try:
-        blocks = params["remote_block_ids"]
-        blocks = blocks[0] if len(blocks) == 1 and isinstance(blocks[0], list) else blocks
-        return _Target(
-            str(params["remote_engine_id"]),
-            str(params["remote_host"]),
-            int(params["remote_port"]),
-            Ticket(str(params.get("remote_request_id") or request_id), uuid.uuid4().hex[:12]),
-            tuple(int(block) for block in blocks),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise TransferError(f"kv_transfer_params cannot be used: {type(error).__name__} {error}") from error
-
-
-@dataclass(slots=True)
-class _Pull:
-    """A request that waits for, or reads, remote blocks. `local` is None while it only waits."""
-
-    request_id: str
-    target: _Target
-    local: tuple[int, ...] | None = None
-    read: Any = None
-    started_s: float = 0.0
-    arrived: bool = False  # all bytes are here
-    bytes_read_s: float = 0.0
-    renewed_s: float | None = None  # when the heartbeat was sent that last renewed its lease
-
-
-@dataclass(slots=True)
-class _Peer:
-    """A prefill rank as seen from here."""
-
-    address: tuple[str, int]
-    caller: Caller
-    since_s: float
-    welcome: Welcome | None = None
-    handle: Any = None
-    pulls: dict[str, _Pull] = field(default_factory=dict)
-    heartbeat_s: float = 0.0  # when the last one was sent
-    heard_s: float = 0.0
-    number: int = 0
-    sent: dict[int, tuple[float, tuple[str, ...]]] = field(default_factory=dict)  # heartbeats without answer
 
 
 class Readers:
@@ -101,11 +48,12 @@ class Readers:
         self._context = context
         self._pulled = pulled
         self._peer_timeout_s = peer_timeout_s
-        self._peers: dict[tuple[str, int], _Peer] = {}
+        self._peers: dict[Key, Peer] = {}
+        self._ending: list[tuple[Any, PullResult]] = []  # abandoned reads that may still write
 
     @property
     def waiting(self) -> bool:
-        return any(peer.pulls for peer in self._peers.values())
+        return bool(self._ending) or any(peer.pulls for peer in self._peers.values())
 
     @property
     def reading(self) -> bool:
@@ -119,6 +67,10 @@ class Readers:
     def attend(self, now: float) -> None:
         for peer in list(self._peers.values()):
             self._attend(peer, now)
+        for ending in list(self._ending):
+            if self._transport.abandon(ending[0]):
+                self._ending.remove(ending)
+                self._pulled.append(ending[1])
 
     def close(self) -> None:
         for peer in list(self._peers.values()):
@@ -126,25 +78,25 @@ class Readers:
 
     def expect(self, request_id: str, params: dict[str, Any]) -> None:
         try:
-            target = _target(request_id, params)
+            target = target_of(request_id, params)
+            self._peer(target.peer).pulls.setdefault(request_id, Pull(request_id, target))
         except TransferError:
             return  # `pull` will say it
-        self._peer(target.address).pulls.setdefault(request_id, _Pull(request_id, target))
 
     def pull(self, request_id: str, params: dict[str, Any], local: tuple[int, ...]) -> None:
         try:
-            target = _target(request_id, params)
-            if len(target.remote_blocks) != len(local):
-                raise TransferError(
-                    f"{len(target.remote_blocks)} remote blocks do not fit {len(local)} local ones"
-                )
+            target = target_of(request_id, params)
+            peer = self._peer(target.peer)
         except TransferError as error:
             self._pulled.append(PullResult(request_id, 0, 0.0, str(error)))
             return
-        peer = self._peer(target.address)
-        pull = peer.pulls.setdefault(request_id, _Pull(request_id, target))
+        pull = peer.pulls.setdefault(request_id, Pull(request_id, target))
         pull.local, pull.started_s = local, time.monotonic()
-        if peer.welcome is not None:
+        if len(target.remote_blocks) != len(local):
+            self._end(
+                peer, pull, f"{len(target.remote_blocks)} remote blocks do not fit {len(local)} local ones"
+            )
+        elif peer.welcome is not None:
             self._begin(peer, pull, pull.started_s)
 
     def cancel(self, request_id: str) -> None:
@@ -154,57 +106,63 @@ class Readers:
                 continue  # a read under way is short: it ends, and is reported, by itself
             self._end(peer, pull, "cancelled")
 
-    def _peer(self, address: tuple[str, int]) -> _Peer:
-        if (peer := self._peers.get(address)) is None:
+    def _peer(self, key: Key) -> Peer:
+        if (peer := self._peers.get(key)) is None:
+            host, port, _ = key
+            try:
+                caller = Caller(self._context, host, port)
+            except SideChannelError as error:
+                raise TransferError(f"the prefill rank's address cannot be used: {error}") from error
             now = time.monotonic()
-            peer = self._peers[address] = _Peer(address, Caller(self._context, *address), now, heard_s=now)
+            peer = self._peers[key] = Peer(key, caller, now, heard_s=now)
             peer.caller.send(hello(self._transport.name, self._layout))
         return peer
 
-    def _attend(self, peer: _Peer, now: float) -> None:
+    def _attend(self, peer: Peer, now: float) -> None:
         for message in peer.caller.receive():
             peer.heard_s = now
             match message:
                 case Welcome():
                     self._welcomed(peer, message, now)
                 case Refused(reason):
-                    self._drop(peer, f"the prefill rank at {_at(peer)} refused: {reason}")
+                    self._drop(peer, f"the prefill rank at {peer.at} refused: {reason}")
                     return
                 case Alive():
                     self._alive(peer, message)
-            if self._peers.get(peer.address) is not peer:
+            if self._peers.get(peer.key) is not peer:
                 return
         if peer.caller.lost():
-            self._drop(peer, f"the prefill rank at {_at(peer)} went away")
+            self._drop(peer, f"the prefill rank at {peer.at} went away")
             return
-        if peer.pulls and (silent_s := _silence(peer, now)) > self._peer_timeout_s:
-            self._drop(peer, f"no answer from the prefill rank at {_at(peer)} for {silent_s:.0f} s")
+        if (peer.pulls or peer.welcome is None) and (silent_s := peer.silence(now)) > self._peer_timeout_s:
+            self._drop(peer, f"no answer from the prefill rank at {peer.at} for {silent_s:.0f} s")
             return
         for pull in list(peer.pulls.values()):
             self._watch(peer, pull, now)
         self._beat(peer, now)
 
-    def _welcomed(self, peer: _Peer, welcome: Welcome, now: float) -> None:
+    def _welcomed(self, peer: Peer, welcome: Welcome, now: float) -> None:
         if peer.welcome is not None:
             return
+        host, _, engine_id = peer.key
+        if welcome.engine_id != engine_id:
+            restarted = f"restarted: engine {engine_id} is now {welcome.engine_id}"
+            self._drop(peer, f"the prefill rank at {peer.at} {restarted}")
+            return
         try:
-            peer.handle = self._transport.connect(welcome.reach, welcome.blocks, peer.address[0])
+            peer.handle = self._transport.connect(welcome.reach, welcome.blocks, host)
         except TransferError as error:
-            self._drop(peer, f"the prefill rank at {_at(peer)} cannot be reached: {error}")
+            self._drop(peer, f"the prefill rank at {peer.at} cannot be reached: {error}")
             return
         peer.welcome = welcome
         for pull in list(peer.pulls.values()):
             if pull.local is not None and pull.request_id in peer.pulls:
                 self._begin(peer, pull, now)
 
-    def _begin(self, peer: _Peer, pull: _Pull, now: float) -> None:
+    def _begin(self, peer: Peer, pull: Pull, now: float) -> None:
         assert peer.welcome is not None
         assert pull.local is not None
         target = pull.target
-        if peer.welcome.engine_id != target.engine_id:
-            found = peer.welcome.engine_id
-            self._begin_anew(peer, pull, f"restarted: engine {target.engine_id} is now {found}")
-            return
         blocks = peer.welcome.blocks
         if blocks and not all(0 <= block < blocks for block in target.remote_blocks):
             self._end(peer, pull, f"a remote block is outside 0..{blocks - 1}")
@@ -215,26 +173,29 @@ class Readers:
         except TransferError as error:
             self._begin_anew(peer, pull, f"cannot be read: {error}")
 
-    def _begin_anew(self, peer: _Peer, pull: _Pull, reason: str) -> None:
+    def _begin_anew(self, peer: Peer, pull: Pull, reason: str) -> None:
         """What is known of this peer may be stale: shake hands again, unless that was just done."""
-        reason = f"the prefill rank at {_at(peer)} {reason}"
+        reason = f"the prefill rank at {peer.at} {reason}"
         if peer.since_s >= pull.started_s:
             self._end(peer, pull, reason)
             return
         del peer.pulls[pull.request_id]
         self._drop(peer, reason)
-        self._peer(peer.address).pulls[pull.request_id] = pull
+        self._peer(peer.key).pulls[pull.request_id] = pull
 
-    def _watch(self, peer: _Peer, pull: _Pull, now: float) -> None:
+    def _watch(self, peer: Peer, pull: Pull, now: float) -> None:
         if pull.read is None:
             return
         if not pull.arrived:
             try:
                 pull.arrived = self._transport.poll(pull.read)
             except TransferError as error:
-                self._end(peer, pull, str(error))
+                self._end(peer, pull, pull.lost or str(error))
                 return
             pull.bytes_read_s = time.monotonic()
+        if pull.arrived and pull.lost:
+            self._end(peer, pull, pull.lost)
+            return
         if not pull.arrived or pull.renewed_s is None:
             return
         assert peer.welcome is not None
@@ -248,7 +209,7 @@ class Readers:
         size = len(pull.local) * self._layout.block_bytes
         self._pulled.append(PullResult(pull.request_id, size, pull.bytes_read_s - pull.started_s))
 
-    def _beat(self, peer: _Peer, now: float, force: bool = False) -> None:
+    def _beat(self, peer: Peer, now: float, force: bool = False) -> None:
         """Renew the leases of all that waits or is read here."""
         if peer.welcome is None or not peer.pulls:
             return
@@ -261,9 +222,9 @@ class Readers:
         peer.sent[peer.number] = (now, tuple(peer.pulls))
         peer.caller.send(Heartbeat(peer.number, [pull.target.ticket for pull in peer.pulls.values()]))
 
-    def _alive(self, peer: _Peer, alive: Alive) -> None:
+    def _alive(self, peer: Peer, alive: Alive) -> None:
         if peer.welcome is not None and alive.engine_id != peer.welcome.engine_id:
-            self._drop(peer, f"the prefill rank at {_at(peer)} restarted")
+            self._drop(peer, f"the prefill rank at {peer.at} restarted")
             return
         sent_s, request_ids = peer.sent.pop(alive.number, (0.0, ()))
         gone = set(alive.gone)
@@ -272,36 +233,35 @@ class Readers:
             if pull is None:
                 continue
             if pull.target.ticket in gone:
-                reason = "their lease has ended or is another reader's"
-                self._end(peer, pull, f"the prefill rank at {_at(peer)} no longer holds the blocks: {reason}")
+                self._lose(peer, pull)
             else:
                 pull.renewed_s = sent_s
 
-    def _end(self, peer: _Peer, pull: _Pull, error: str) -> None:
-        """A pull that failed or was cancelled; its local blocks are quiet afterwards."""
-        del peer.pulls[pull.request_id]
-        if pull.read is not None:
-            self._transport.abandon(pull.read)
-        if peer.welcome is not None and peer.welcome.engine_id == pull.target.engine_id:
-            peer.caller.send(Release(pull.target.ticket))
-        if pull.local is not None:
-            self._pulled.append(PullResult(pull.request_id, 0, time.monotonic() - pull.started_s, error))
+    def _lose(self, peer: Peer, pull: Pull) -> None:
+        """Its lease is gone. A read under way ends first: it is short, and to break it off would break off
+        the reads behind it."""
+        reason = "their lease has ended or is another reader's"
+        pull.lost = f"the prefill rank at {peer.at} no longer holds the blocks: {reason}"
+        if pull.read is None or pull.arrived:
+            self._end(peer, pull, pull.lost)
 
-    def _drop(self, peer: _Peer, reason: str) -> None:
+    def _end(self, peer: Peer, pull: Pull, error: str) -> None:
+        """A pull that failed or was cancelled; it is reported once its local blocks are quiet."""
+        del peer.pulls[pull.request_id]
+        peer.caller.send(Release(pull.target.ticket))
+        if pull.local is None:
+            return
+        result = PullResult(pull.request_id, 0, time.monotonic() - pull.started_s, error)
+        if pull.read is None or self._transport.abandon(pull.read):
+            self._pulled.append(result)
+        else:
+            self._ending.append((pull.read, result))
+
+    def _drop(self, peer: Peer, reason: str) -> None:
         """Forget a peer: its pulls fail, and the next one shakes hands anew."""
-        del self._peers[peer.address]
+        del self._peers[peer.key]
         for pull in list(peer.pulls.values()):
             self._end(peer, pull, reason)
         if peer.welcome is not None:
             self._transport.disconnect(peer.handle)
         peer.caller.close()
-
-
-def _silence(peer: _Peer, now: float) -> float:
-    """Seconds since an unanswered question, or since the last answer if that is later."""
-    asked = [peer.since_s] if peer.welcome is None else [sent_s for sent_s, _ in peer.sent.values()]
-    return now - max(min(asked), peer.heard_s) if asked else 0.0
-
-
-def _at(peer: _Peer) -> str:
-    return f"{peer.address[0]}:{peer.address[1]}"

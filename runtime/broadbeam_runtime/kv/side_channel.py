@@ -15,12 +15,14 @@ import zmq.utils.monitor
 
 from broadbeam_runtime.kv.connector import PoolLayout
 from broadbeam_runtime.kv.leases import Ticket
+from broadbeam_runtime.kv.transport import NONSENSE
 
 VERSION = 1
+MAX_MESSAGE_BYTES = 16 * 2**20
 
 
 class SideChannelError(RuntimeError):
-    """The side channel cannot listen."""
+    """The side channel cannot listen, or an address cannot be called."""
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
@@ -96,6 +98,7 @@ class Listener:
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str, port: int) -> None:
         self.socket = context.socket(zmq.ROUTER)
         self.socket.linger = 0
+        self.socket.maxmsgsize = MAX_MESSAGE_BYTES
         self.socket.ipv6 = ":" in host
         try:
             self.socket.bind(endpoint(host, port))
@@ -114,7 +117,7 @@ class Listener:
                 messages.append((sender, msgspec.msgpack.decode(body, type=ToPrefill)))
             except zmq.Again:
                 return messages
-            except (msgspec.MsgspecError, ValueError):
+            except NONSENSE:
                 continue
 
     def send(self, to: bytes, message: ToDecode) -> None:
@@ -136,9 +139,14 @@ class Caller:
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str, port: int) -> None:
         self.socket = context.socket(zmq.DEALER)
         self.socket.linger = 0
+        self.socket.maxmsgsize = MAX_MESSAGE_BYTES
         self.socket.ipv6 = ":" in host
         self._monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self.socket.connect(endpoint(host, port))
+        try:
+            self.socket.connect(endpoint(host, port))
+        except zmq.ZMQError as error:
+            self.close()
+            raise SideChannelError(f"{host!r}, port {port}: {error.strerror}") from error
 
     def send(self, message: ToPrefill) -> None:
         try:
@@ -153,7 +161,7 @@ class Caller:
                 messages.append(msgspec.msgpack.decode(self.socket.recv(zmq.NOBLOCK), type=ToDecode))
             except zmq.Again:
                 return messages
-            except msgspec.MsgspecError:
+            except NONSENSE:
                 continue
 
     def lost(self) -> bool:

@@ -38,8 +38,8 @@ class SimulatedTransport:
     def poll(self, read: float) -> bool:
         return time.monotonic() >= read
 
-    def abandon(self, read: float) -> None:
-        return None
+    def abandon(self, read: float) -> bool:
+        return True
 
     def finished(self) -> list[Ticket]:
         return []

@@ -22,7 +22,7 @@ import msgspec
 
 from broadbeam_runtime.kv.connector import PoolLayout
 from broadbeam_runtime.kv.leases import Ticket
-from broadbeam_runtime.kv.transport import MayRead, TransferError, Wake
+from broadbeam_runtime.kv.transport import NONSENSE, MayRead, TransferError, Wake
 from broadbeam_runtime.settings import family
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _LENGTH = struct.Struct("<I")
 _ACCEPTED, _REFUSED = b"\x01", b"\x00"
 CONNECT_TIMEOUT_S = 5.0
+STALL_S = 15.0  # a read whose bytes stop for so long has failed
 BUFFER_BYTES = 4 * 2**20
 WAKE_BYTES = 2**20
 MAX_RUNS = 512  # buffers in one call; Linux takes 1024
@@ -61,14 +62,14 @@ class Pool:
         return [view[first * size : (last + 1) * size] for first, last in joined(block_ids)]
 
     def receive(self, sock: socket.socket, block_ids: Sequence[int]) -> None:
-        """Fill the blocks in order from `sock`; EOFError when it ends early."""
+        """Fill the blocks in order from `sock`; EOFError when it ends early, TimeoutError when it stalls."""
         if self._view is not None:
-            receive_all(sock, self._slices(self._view, block_ids))
+            receive_all(sock, self._slices(self._view, block_ids), STALL_S)
             return
         import torch
 
         host = torch.empty(len(block_ids), self._block_bytes, dtype=torch.uint8)
-        receive_all(sock, [host.view(-1).numpy().data.cast("B")])
+        receive_all(sock, [host.view(-1).numpy().data.cast("B")], STALL_S)
         self._pool[list(block_ids)] = host.to(self._pool.device)
 
 
@@ -83,8 +84,8 @@ def joined(block_ids: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def receive_all(sock: socket.socket, buffers: Sequence[memoryview]) -> None:
-    """Fill every buffer in order; EOFError when the stream ends early.
+def receive_all(sock: socket.socket, buffers: Sequence[memoryview], stall_s: float | None = None) -> None:
+    """Fill every buffer in order; EOFError when the stream ends early, TimeoutError when nothing comes.
 
     The kernel wakes the reader only once WAKE_BYTES wait, or all that is left: woken for each packet, it
     takes nearly twice the CPU time per byte (loopback, 64 MiB). It has to wait in `poll`, as a `recv` that
@@ -96,7 +97,8 @@ def receive_all(sock: socket.socket, buffers: Sequence[memoryview]) -> None:
     while left:
         if mark != (mark := min(WAKE_BYTES, left)):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, mark)
-        readable.poll()
+        if not readable.poll(None if stall_s is None else round(stall_s * 1000)):
+            raise TimeoutError(f"nothing came for {stall_s:g} s")
         count = sock.recvmsg_into(list(islice(waiting, MAX_RUNS)), 0, socket.MSG_DONTWAIT)[0]
         if not count:
             raise EOFError
@@ -150,6 +152,8 @@ class Peer:
         self._thread.start()
 
     def begin(self, read: Read) -> None:
+        if self._closed:
+            raise TransferError("the connection is closed")
         self._reads.append(read)
         self._waiting.release()
 
@@ -170,9 +174,8 @@ class Peer:
     def _read(self, read: Read) -> str | None:
         ask = msgspec.msgpack.encode(Ask(read.ticket, list(read.remote)))
         self._socket.sendall(_LENGTH.pack(len(ask)) + ask)
-        answer = self._socket.recv(1)
-        if not answer:
-            raise EOFError
+        answer = bytearray(1)
+        receive_all(self._socket, [memoryview(answer)], STALL_S)
         if answer == _REFUSED:
             return "the prefill rank no longer holds these blocks"
         self._pool.receive(self._socket, read.local)
@@ -217,7 +220,7 @@ class TcpTransport:
     def _serve(self, sock: socket.socket) -> None:
         """Answer one decode rank until it hangs up."""
         header = bytearray(_LENGTH.size)
-        with sock, contextlib.suppress(OSError, EOFError, msgspec.MsgspecError):
+        with sock, contextlib.suppress(OSError, EOFError, *NONSENSE):
             while True:
                 receive_all(sock, [memoryview(header)])
                 (length,) = _LENGTH.unpack(header)
@@ -248,10 +251,11 @@ class TcpTransport:
             raise TransferError(error)
         return True
 
-    def abandon(self, read: tuple[Peer, Read]) -> None:
+    def abandon(self, read: tuple[Peer, Read]) -> bool:
         """A stream cannot skip a read, so the connection ends with it; reads behind it fail too."""
         if not read[1].done:
             read[0].close()
+        return read[1].done
 
     def finished(self) -> list[Ticket]:
         return []
@@ -267,6 +271,8 @@ class TcpTransport:
 
 def _tune(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a machine that vanished says nothing
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(STALL_S * 2000))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
     if ipaddress.ip_address(sock.getpeername()[0]).is_loopback:

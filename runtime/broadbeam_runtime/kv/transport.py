@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+import msgspec
+
 from broadbeam_runtime.kv.connector import PoolLayout
 from broadbeam_runtime.kv.leases import Ticket
 
@@ -14,6 +16,11 @@ if TYPE_CHECKING:
 # Whether the ticket's reader may read these blocks now.
 MayRead = Callable[[Ticket, Sequence[int]], bool]
 Wake = Callable[[], None]
+
+
+# What msgspec raises for bytes that are no message of ours. Ports are open to strangers, and an exception
+# on a connector's thread ends the rank.
+NONSENSE = (msgspec.MsgspecError, ValueError, RecursionError)
 
 
 class TransferError(Exception):
@@ -40,8 +47,9 @@ class Transport(Protocol):
     def poll(self, read: Any) -> bool:
         """True once all bytes are in place."""
 
-    def abandon(self, read: Any) -> None:
-        """Stop a read; afterwards nothing writes to its local blocks."""
+    def abandon(self, read: Any) -> bool:
+        """Stop a read; whether it has stopped, so that nothing writes to its local blocks any more. If not,
+        ask again later."""
 
     def finished(self) -> list[Ticket]:
         """Reads that other ranks have reported as complete since the last call."""

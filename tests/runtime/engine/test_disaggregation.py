@@ -19,10 +19,10 @@ Make = Callable[..., Model]
 
 def remote(served: Served, name: str, tokens: int, with_token: bool = True) -> RemotePrefill:
     """What the decode leg learns from the prefill leg's last output."""
-    params = served.outputs[name][-1].kv_transfer_params
+    last = served.outputs[name][-1]
+    params = last.kv_transfer_params
     assert params
-    first = params["first_token"]
-    token = TokenLogprob(first["token_id"], first["logprob"], tuple(map(tuple, first["top"])))
+    token = last.logprobs[0] if last.logprobs else TokenLogprob(last.token_ids[0], 0.0)
     return RemotePrefill(params, tokens, token if with_token else None)
 
 

@@ -68,9 +68,10 @@ class Pair:
     prefill: Group
     decode: Group
 
-    def answer(self, index: int, tokens: Tokens) -> list[int]:
-        """The two legs, as the gateway sends them."""
-        first = self.prefill.ask(index, tokens, max_tokens=1, kv_transfer_params={"do_remote_decode": True})
+    def answer(self, index: int, tokens: Tokens, prefilled: int = 1) -> list[int]:
+        """The two legs, as the gateway sends them; the first may make more tokens than its one."""
+        hold = {"do_remote_decode": True}
+        first = self.prefill.ask(index, tokens, max_tokens=prefilled, kv_transfer_params=hold)
         whole = self.decode.ask(index, tokens, kv_transfer_params=first["kv_transfer_params"])
         return list(whole["choices"][0]["token_ids"])
 
@@ -140,6 +141,11 @@ def test_the_decode_group_goes_on_where_the_prefill_group_ended(pair: Pair) -> N
         assert answer == pair.reference.greedy(tokens, answer), f"{len(tokens)} tokens"
         assert answer == pair.prefill.ask(index, tokens)["choices"][0]["token_ids"], "by one server alone"
     assert pair.decode.pod.metric(BY_SOURCE, source="local_compute") == 0
+
+
+def test_a_prefill_leg_of_several_tokens_passes_on_the_first(pair: Pair) -> None:
+    answer = pair.answer(0, PROMPTS[2], prefilled=3)
+    assert answer == pair.reference.greedy(PROMPTS[2], answer)
 
 
 def test_sixteen_requests_in_flight_are_answered_as_if_alone_and_all_blocks_are_freed(pair: Pair) -> None:

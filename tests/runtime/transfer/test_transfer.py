@@ -5,12 +5,19 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import socket
+import struct
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+import zmq
+
+from broadbeam_runtime.kv.connector import PoolLayout
+from broadbeam_runtime.kv.side_channel import ToDecode, Welcome, hello
 
 # The peers are forked from a server that has imported torch once.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -18,6 +25,7 @@ import transfer_peer
 
 BLOCK_BYTES = 4096
 BLOCKS = 64
+LAYOUT = PoolLayout("tiny", "uint8", 16, BLOCK_BYTES, 1, BLOCK_BYTES // 16)
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOAD = ["torch", "nixl_cu13._api", "broadbeam_runtime.kv.connectors", "broadbeam_runtime.kv.tcp"]
 CONTEXT.set_forkserver_preload(["pytest", *PRELOAD])  # modules that are found without this folder
@@ -30,7 +38,7 @@ class Peer:
     def __init__(
         self, connector: str, host: str, lease_s: float, model: str, block_bytes: int, blocks: int
     ) -> None:
-        self.host = host
+        self.host, self.connector = host, connector
         self._pipe, theirs = CONTEXT.Pipe()
         arguments = (theirs, connector, host, blocks, block_bytes, lease_s, model)
         self._process = CONTEXT.Process(target=transfer_peer.main, args=arguments, daemon=True)
@@ -113,11 +121,11 @@ def test_a_lease_that_nobody_renews_expires(start: Start) -> None:
 
 
 def test_a_request_that_waits_keeps_its_lease(start: Start) -> None:
-    prefill, decode = start(lease_s=1), start(lease_s=1)
+    prefill, decode = start(lease_s=2), start(lease_s=2)
     prefill("fill", seed=3)
     params = prefill("hold", id="a", blocks=[7])
     decode("expect", id="x", params=params)
-    assert prefill("released", within_s=2) == []
+    assert prefill("released", within_s=3) == []
     decode("pull", id="x", params=params, blocks=[9])
     assert decode("pulled", within_s=20)[0]["error"] is None
     assert decode("bytes", blocks=[9]) == prefill("bytes", blocks=[7])
@@ -127,7 +135,6 @@ def test_giving_up_a_waiting_request_frees_its_blocks(start: Start) -> None:
     prefill, decode = start(), start()
     params = prefill("hold", id="a", blocks=[7])
     decode("expect", id="x", params=params)
-    assert prefill("released", within_s=0.3) == []
     decode("cancel", id="x")
     assert prefill("released", within_s=20) == [("a", False)]
 
@@ -179,6 +186,84 @@ def test_a_peer_that_restarted_is_a_new_engine(start: Start) -> None:
     decode("pull", id="z", params=again("hold", id="b", blocks=[5]), blocks=[2])
     assert decode("pulled", within_s=30)[0]["error"] is None
     assert decode("bytes", blocks=[2]) == again("bytes", blocks=[5])
+
+
+def test_a_request_for_an_engine_that_is_no_more_leaves_the_others_alone(start: Start) -> None:
+    prefill, decode = start(), start()
+    params = prefill("hold", id="a", blocks=[7])
+    decode("expect", id="x", params=params)
+    decode("pull", id="stale", params=params | {"remote_engine_id": "before"}, blocks=[1])
+    assert "restarted: engine before is now" in decode("pulled", within_s=20)[0]["error"]
+    decode("pull", id="x", params=params, blocks=[9])
+    assert decode("pulled", within_s=20)[0]["error"] is None
+
+
+def test_a_read_that_came_too_late_leaves_the_next_ones_alone(start: Start) -> None:
+    prefill, first, second = start(), start(), start()
+    for index in range(3):
+        params = prefill("hold", id=f"{index}", blocks=[7])
+        first("pull", id="x", params=params, blocks=[1])
+        assert first("pulled", within_s=20)[0]["error"] is None
+        second("pull", id="x", params=params, blocks=[1])
+        assert second("pulled", within_s=20)[0]["error"] is not None
+    second("pull", id="y", params=prefill("hold", id="y", blocks=[7]), blocks=[1])
+    assert second("pulled", within_s=20)[0]["error"] is None
+
+
+def test_blocks_that_do_not_fit_are_released(start: Start) -> None:
+    prefill, decode = start(), start()
+    params = prefill("hold", id="a", blocks=[7, 8])
+    decode("expect", id="x", params=params)
+    decode("pull", id="x", params=params, blocks=[1])
+    assert decode("pulled", within_s=20)[0]["error"] == "2 remote blocks do not fit 1 local ones"
+    assert prefill("released", within_s=20) == [("a", False)]
+
+
+@pytest.mark.parametrize("address", [("no such host", 5600), ("127.0.0.1", 10**6)], ids=str)
+def test_an_address_that_is_none_is_an_error(start: Start, address: tuple[str, int]) -> None:
+    prefill, decode = start(), start()
+    params = prefill("hold", id="a", blocks=[1])
+    nowhere = params | {"remote_host": address[0], "remote_port": address[1]}
+    for op in ({"op": "expect"}, {"op": "pull", "blocks": [1]}):
+        decode(**op, id="x", params=nowhere)
+    assert decode("pulled", within_s=20)[0]["error"] is not None
+    decode("pull", id="y", params=params, blocks=[1])
+    assert decode("pulled", within_s=20)[0]["error"] is None
+
+
+NONSENSE = [
+    b"",
+    b"GET / HTTP/1.1\r\n\r\n",
+    b"\x81\xa1a" * 10**5,
+    b"\x92\x92\xa1\xff\xa1a\x90",
+    msgspec.msgpack.encode({"type": "Heartbeat", "number": 1, "tickets": [["z", "b"]]}),
+    msgspec.msgpack.encode({"type": "Hello", "version": 1, "connector": "tcp", "layout": {}}),
+]
+
+
+def test_nonsense_at_its_ports_does_not_stop_a_rank(start: Start) -> None:
+    prefill, decode = start(), start()
+    params = prefill("hold", id="a", blocks=[7])
+    with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+        stranger.linger = 1000
+        stranger.connect(f"tcp://{prefill.host}:5600")
+        for message in NONSENSE:
+            stranger.send(message)
+        stranger.send_multipart([b"", b"", b""])
+        stranger.send(msgspec.msgpack.encode(hello(prefill.connector, LAYOUT)))
+        answers = []
+        while not isinstance(answers[-1] if answers else None, Welcome):
+            assert stranger.poll(20_000)
+            answers.append(msgspec.msgpack.decode(stranger.recv(), type=ToDecode))
+    if prefill.connector == "tcp":
+        port = msgspec.msgpack.decode(answers[-1].reach)
+        for message in NONSENSE:
+            with socket.create_connection((prefill.host, port)) as stream:
+                stream.sendall(struct.pack("<I", len(message)) + message)
+                stream.shutdown(socket.SHUT_WR)
+                assert stream.recv(1) in (b"", b"\0")
+    decode("pull", id="x", params=params, blocks=[9])
+    assert decode("pulled", within_s=20)[0]["error"] is None
 
 
 def test_nobody_at_the_address_is_an_error_within_the_bound(start: Start) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from multiprocessing.connection import Connection
 from typing import Any
@@ -28,6 +29,7 @@ def main(
         kv_transfer=KVTransferConfig(connector=connector, lease_s=lease_s),  # type: ignore[arg-type]
     )
     torch.set_num_threads(1)
+    threading.excepthook = lambda args: os._exit(1)  # as a rank ends by it
     pool = torch.zeros(blocks, block_bytes, dtype=torch.uint8)
     peer = connectors.create(config, host, 5600, PEER_TIMEOUT_S)
     assert peer is not None

@@ -1,0 +1,91 @@
+"""Pulls inside one process, over a transport that does what it is told: what readers do with odd reads."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from typing import Any
+
+import pytest
+import torch
+
+from broadbeam_runtime.kv.connector import PoolLayout, PullResult
+from broadbeam_runtime.kv.leases import Ticket
+from broadbeam_runtime.kv.pull import PullConnector
+from broadbeam_runtime.kv.simulated import SimulatedTransport
+from broadbeam_runtime.kv.tcp import TcpTransport
+from broadbeam_runtime.kv.transport import TransferError
+
+LAYOUT = PoolLayout("tiny", "uint8", 16, 64, 1, 4)
+_hosts = (f"127.{210 + os.getpid() % 40}.0.{number + 1}" for number in itertools.count())
+
+
+class StuckTransport(SimulatedTransport):
+    """Its reads never end; those that were abandoned write on until `quiet`."""
+
+    def __init__(self) -> None:
+        super().__init__("tcp", 1e9)
+        self.reads, self.quiet = 0, False
+
+    def begin(self, peer: None, ticket: Ticket, remote: Sequence[int], local: Sequence[int]) -> float:
+        self.reads += 1
+        return float("inf")
+
+    def abandon(self, read: float) -> bool:
+        return self.quiet
+
+
+Connect = Callable[[SimulatedTransport], PullConnector]
+
+
+@pytest.fixture
+def connect() -> Iterator[Connect]:
+    connectors: list[PullConnector] = []
+
+    def connect(transport: SimulatedTransport) -> PullConnector:
+        connectors.append(PullConnector(transport, next(_hosts), 5600, lease_s=30, peer_timeout_s=3))
+        connectors[-1].start(None, LAYOUT)
+        return connectors[-1]
+
+    yield connect
+    for connector in connectors:
+        connector.stop()
+
+
+def until(ask: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + 20
+    while not (answer := ask()):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return answer
+
+
+def test_blocks_that_an_abandoned_read_still_writes_to_are_not_given_back(connect: Connect) -> None:
+    transport = StuckTransport()
+    prefill, decode = connect(SimulatedTransport("tcp", 1e9)), connect(transport)
+    decode.pull("a", prefill.hold("a", [1, 2], 32), [3, 4])
+    until(lambda: transport.reads)
+    prefill.stop()
+    # The peer is lost and forgotten; its read is reported as soon as it is over, and no sooner.
+    until(lambda: not decode._readers._peers)
+    assert decode.pulled() == []
+    transport.quiet = True
+    (result,) = until(decode.pulled)
+    assert isinstance(result, PullResult)
+    assert "went away" in (result.error or "")
+
+
+def test_nothing_is_read_from_a_connection_that_was_closed() -> None:
+    host, pool = next(_hosts), torch.zeros(4, 64, dtype=torch.uint8)
+    transport = TcpTransport(host)
+    reach = transport.start(pool, LAYOUT, lambda ticket, blocks: True, lambda: None)
+    with closing(transport.connect(reach, 4, host)) as peer:
+        read = transport.begin(peer, Ticket("a", "r"), [0], [1])
+        until(lambda: transport.poll(read))
+        peer.close()
+        with pytest.raises(TransferError, match="the connection is closed"):
+            transport.begin(peer, Ticket("b", "r"), [0], [1])
+    transport.stop()
