@@ -1,13 +1,17 @@
 """Launch parameters per device and operation, chosen by table; nothing is tuned while a request waits.
 
-`tuned/<device>.json` maps an operation to a list of rules. A rule is an object with optional `when`
-({"rows": [low, high]}, inclusive) and the launch parameters; the first rule that holds wins. A device
-without a file, an operation without a rule: `tuned/default.json`.
+A table, `tuned/<name>.json`, maps an operation to a list of rules. A rule is an object with optional `when`
+({"rows": [low, high]}, inclusive) and the launch parameters; the first rule that holds wins. Tables are asked
+in turn: the device's own (`nvidia_h100_80gb_hbm3`), its architecture's (`sm_90`), and `default`, which is
+safe everywhere. `"like": name` in a table continues with another one: an H200, which nobody has tuned yet, is
+a Hopper, and Hoppers without a table are launched as the H100 is.
 """
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,15 +24,22 @@ Launch = dict[str, Any]
 
 
 @cache
-def _table(name: str) -> dict[str, list[Launch]]:
+def _table(name: str) -> dict[str, Any]:
     path = TUNED / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 @cache
 def device_name(index: int) -> str:
-    """File name for a device: `nvidia_h100_80gb_hbm3`."""
-    return torch.cuda.get_device_name(index).lower().replace(" ", "_").replace("-", "_")
+    """A device as tables name it: `nvidia_h100_80gb_hbm3`."""
+    return re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_name(index).lower())
+
+
+@cache
+def architecture(index: int) -> str:
+    """A device's architecture as tables name it: `sm_90`."""
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"
 
 
 @cache
@@ -46,10 +57,20 @@ def _holds(rule: Launch, facts: dict[str, int]) -> bool:
     return all(low <= facts[name] <= high for name, (low, high) in rule.get("when", {}).items())
 
 
+def _tables(*names: str) -> Iterator[dict[str, Any]]:
+    """The tables of these names, each followed by those it is `like`."""
+    for name in names:
+        following: str | None = name
+        while following is not None:
+            table = _table(following)
+            yield table
+            following = table.get("like")
+
+
 @cache
-def _choose(operation: str, device: str, facts: tuple[tuple[str, int], ...]) -> Launch:
+def _choose(operation: str, names: tuple[str, ...], facts: tuple[tuple[str, int], ...]) -> Launch:
     known = dict(facts)
-    for table in (_table(device), _table("default")):
+    for table in _tables(*names):
         for rule in table.get(operation, ()):
             if _holds(rule, known):
                 return {key: value for key, value in rule.items() if key != "when"}
@@ -58,7 +79,8 @@ def _choose(operation: str, device: str, facts: tuple[tuple[str, int], ...]) -> 
 
 def config(operation: str, device: torch.device, **facts: int) -> Launch:
     """Launch parameters (block sizes, num_warps, num_stages) of `operation` on `device` for `facts`."""
+    known = tuple(sorted(facts.items()))
     if device.type != "cuda":  # Triton's interpreter
-        return _choose(operation, "default", tuple(sorted(facts.items())))
+        return _choose(operation, ("default",), known)
     index = device.index if device.index is not None else torch.cuda.current_device()
-    return _choose(operation, device_name(index), tuple(sorted(facts.items())))
+    return _choose(operation, (device_name(index), architecture(index), "default"), known)
