@@ -31,6 +31,7 @@ class ThisMachine:
     devices: int  # accelerators
     commands: frozenset[str]  # of the engines that are not ours
     port_is_free: Callable[[int], bool]  # false: some server has it on every address
+    exists: Callable[[Path], bool]
 
 
 def look() -> ThisMachine:
@@ -44,9 +45,13 @@ def look() -> ThisMachine:
         else 0
     )
     commands = frozenset(name for name in ("vllm",) if shutil.which(name))
-    system = os.uname().sysname
     return ThisMachine(
-        system, _available_bytes(), nvidia or amd, commands, lambda port: port_is_free(NOBODYS, port)
+        system=os.uname().sysname,
+        available_bytes=_available_bytes(),
+        devices=nvidia or amd,
+        commands=commands,
+        port_is_free=lambda port: port_is_free(NOBODYS, port),
+        exists=Path.exists,
     )
 
 
@@ -61,7 +66,7 @@ def obstacles(cluster: ServingCluster, machine: ThisMachine, secrets: Collection
     """One line each, naming field, value and limit; `secrets` are the names that are at hand."""
     return [
         *_system(machine),
-        *_source(cluster),
+        *_source(cluster, machine),
         *_engine(cluster, machine),
         *_gateway(cluster),
         *_ports(cluster, machine),
@@ -76,10 +81,13 @@ def _system(machine: ThisMachine) -> Iterator[str]:
         yield f"local mode needs Linux (addresses 127.77.x.y, PR_SET_PDEATHSIG); this is {machine.system}"
 
 
-def _source(cluster: ServingCluster) -> Iterator[str]:
+def _source(cluster: ServingCluster, machine: ThisMachine) -> Iterator[str]:
     source = cluster.spec.model.source
-    if source.partition("://")[0] in ("pvc", "oci"):
+    scheme, _, path = source.partition("://")
+    if scheme in ("pvc", "oci"):
         yield f"spec.model.source: {source} needs a cluster; here use file://, hf:// or pypi://"
+    if scheme == "file" and cluster.spec.engine.name != "sim" and not machine.exists(Path(path)):
+        yield f"spec.model.source: {source}: there is no such file or folder"
 
 
 def _engine(cluster: ServingCluster, machine: ThisMachine) -> Iterator[str]:

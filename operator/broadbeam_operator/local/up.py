@@ -118,21 +118,23 @@ class Watch:
             raise CannotServeError(f"the manifest is refused: {now.refused}")
         for pod in now.pods:
             if pod.restarts >= GIVE_UP_RESTARTS:
-                why = pod.trouble or f"exited with code {pod.last_exit}"
-                message = f"{pod.name} keeps failing: {why}, restarted {pod.restarts} times"
-                raise CannotServeError(message, self.epitaph(pod.name))
+                words = self.last_words(pod.name)
+                why = words[-1] if words else pod.trouble or f"exited with code {pod.last_exit}"
+                message = f"{pod.name} keeps failing (restarted {pod.restarts} times): {why}"
+                raise CannotServeError(message, self.epitaph(pod.name, told=1))
         if timed_out_s is not None:
             late = next((pod for pod in now.pods if not pod.ready), None)
             where = f": {late.name} is at: {late.trouble or late.stage}" if late else ""
             details = self.epitaph(late.name) if late else ()
             raise CannotServeError(f"not available after {timed_out_s:g} s (--timeout){where}", details)
 
-    def epitaph(self, pod_name: str) -> tuple[str, ...]:
-        """What a pod's process said last, and where the rest of it is."""
+    def epitaph(self, pod_name: str, told: int = 0) -> tuple[str, ...]:
+        """What a pod's process said last, if that is more than was `told`, and where the rest of it is."""
         pod = self.session.pod(pod_name)
         if pod is None:
             return ()
         words = self.last_words(pod_name)
+        words = words if len(words) > told else []
         head = (f"the last words of {pod_name}:",) if words else ()
         return (*head, *(f"    {line}" for line in words), f"its log: {log_of(pod)}")
 

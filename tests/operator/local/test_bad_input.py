@@ -21,18 +21,29 @@ async def test_a_port_in_use_is_one_line_that_says_what_to_do(desk: Desk) -> Non
     ]
 
 
-async def test_an_engine_that_keeps_crashing_shows_its_last_words_and_its_log(desk: Desk) -> None:
-    model = {"name": "m", "source": "file:///no/such/model", "maxModelLen": 128}
+async def test_an_engine_that_keeps_crashing_is_one_line_that_says_why_and_its_log(desk: Desk) -> None:
+    folder = desk.folder / "model"
+    folder.mkdir()
+    model = {"name": "m", "source": f"file://{folder}", "maxModelLen": 128}
     command = await desk.start("up", desk.manifest(engine={"name": "broadbeam"}, model=model))
     assert await command.end() == 1
-    assert re.search(
-        r"broadbeam: demo-\w+-0-0 keeps failing: exited with code 1, restarted 3 times", command.text
+    last, log = command.lines[-2:]
+    assert re.match(
+        r"broadbeam: demo-\w+-0-0 keeps failing \(restarted 3 times\): .*tokenizer\.json is missing", last
     )
-    assert "/no/such/model" in command.text.split("the last words of")[1]
-    log = re.search(r"its log: (\S+)", command.text)
-    assert log is not None
-    assert "/no/such/model" in Path(log[1]).read_text()
+    assert "tokenizer.json" in Path(log.removeprefix("its log: ")).read_text()
     assert "Traceback" not in command.text
+    assert desk.left() == []
+
+
+async def test_a_model_that_is_not_there_is_one_line(desk: Desk) -> None:
+    model = {"name": "m", "source": "file:///no/such/model", "maxModelLen": 128}
+    path = desk.manifest(engine={"name": "broadbeam"}, model=model)
+    command = await desk.start("up", path)
+    assert await command.end() == 1
+    assert command.lines == [
+        f"broadbeam: {path}: spec.model.source: file:///no/such/model: there is no such file or folder"
+    ]
 
 
 async def test_a_start_that_takes_too_long_ends_with_where_it_was(desk: Desk) -> None:
@@ -96,4 +107,4 @@ async def test_a_cache_that_cannot_be_written_is_one_line(desk: Desk) -> None:
     desk.cache.touch()
     command = await desk.start("up", desk.manifest())
     assert await command.end() == 1
-    assert command.lines == [f"broadbeam: {desk.cache}/run/addresses: Not a directory"]
+    assert command.lines == [f"broadbeam: {desk.cache}/run: Not a directory"]

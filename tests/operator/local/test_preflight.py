@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ LAPTOP = ThisMachine(
     devices=0,
     commands=frozenset(),
     port_is_free=lambda port: True,
+    exists=lambda path: True,
 )
 GPU_POOL = {
     "name": "decode",
@@ -42,6 +44,12 @@ def cluster(**spec: Any) -> ServingCluster:
             LAPTOP,
             "spec.model.source: oci://image needs a cluster; here use file://, hf:// or pypi://",
             id="a model in an image",
+        ),
+        pytest.param(
+            cluster(model={"name": "m", "source": "file:///no/model", "maxModelLen": 128}),
+            replace(LAPTOP, exists=lambda path: path != Path("/no/model")),
+            "spec.model.source: file:///no/model: there is no such file or folder",
+            id="a model that is not there",
         ),
         pytest.param(
             cluster(engine="vllm", pools=[pool("both")]),
