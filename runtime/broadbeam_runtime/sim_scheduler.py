@@ -78,6 +78,7 @@ class SimScheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._pulling: dict[str, Sequence] = {}
+        self._cancelled: dict[str, Sequence] = {}  # aborted pulls that have not ended yet
         self._held: dict[str, list[int]] = {}
         self._outputs: list[Output] = []
         self._counts = dict.fromkeys(COUNTED, 0)
@@ -112,6 +113,8 @@ class SimScheduler:
         for request_id in aborted & self._pulling.keys():
             assert self._connector is not None
             self._connector.cancel(request_id)  # its blocks are freed when the pull is reported
+            sequence = self._cancelled[request_id] = self._pulling.pop(request_id)
+            self._outputs.append(Output(sequence.request.id, (), finish="abort"))
         for sequence in [*self._running, *self._waiting]:
             if sequence.request.id in aborted:
                 if (
@@ -133,6 +136,9 @@ class SimScheduler:
             self._pool.give_back(self._held.pop(request_id, []))
             self._counts["leases_expired"] += not pulled
         for result in self._connector.pulled():
+            if (sequence := self._cancelled.pop(result.request_id, None)) is not None:
+                self._release(sequence)
+                continue
             sequence = self._pulling.pop(result.request_id)
             if result.error is not None:
                 self._pull_failed(sequence, result.error)

@@ -167,9 +167,11 @@ class Supervisor:
             # The group is broken, so there is nothing to wait for but the error answers.
             await asyncio.gather(*(child.stop(STOP_GRACE_S) for child in children))
             return
-        self._stage = "draining" if self._stage == "ready" else "stopping"
-        if self._stage == "draining":
+        if self._stage in ("ready", "draining"):  # the latter after POST /drain
+            self._stage = "draining"
             await self._drain()
+            if any(rank.exit_code is not None for rank in self._ranks):
+                self._failure = self._blame()
         self._stage = "stopping"
         await asyncio.gather(*(child.stop(STOP_GRACE_S) for child in children))
 

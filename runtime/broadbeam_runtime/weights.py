@@ -12,8 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from broadbeam_runtime.checkpoint import CheckpointError
-
-FP8_BLOCK = 128  # DeepSeek-V3 checkpoints: one float32 scale per 128 x 128 block, named NAME_scale_inv
+from broadbeam_runtime.models.architecture import FP8_BLOCK
 
 
 class Weights:
@@ -39,6 +38,10 @@ class Weights:
         """One tensor; FP8 block-quantised ones come dequantised."""
         full = self.prefix + name
         value = self.files.read(full)
+        if not value.is_floating_point():
+            raise CheckpointError(
+                f"{self.files.model_dir}: tensor {full} is {value.dtype}, only floating point is served"
+            )
         if value.dtype == torch.float8_e4m3fn:
             value = _dequantize(value, self.files.read(full + "_scale_inv"))
         loaded = value.to(device=self.device, dtype=dtype or self.dtype)
@@ -93,6 +96,7 @@ class Files:
 
 
 def _dequantize(value: Tensor, scale: Tensor) -> Tensor:
+    """FP8 with a float32 scale per block, as DeepSeek-V3 stores them: NAME and NAME_scale_inv."""
     rows, columns = value.shape
     wide = scale.repeat_interleave(FP8_BLOCK, 0)[:rows].repeat_interleave(FP8_BLOCK, 1)[:, :columns]
     return value.float() * wide.float()

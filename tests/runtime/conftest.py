@@ -6,12 +6,14 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +139,16 @@ class Pod:
         finally:
             self.process.kill()
             self.process.wait()
+
+
+@contextmanager
+def hung_up(pod: Pod, body: dict[str, Any]) -> Iterator[None]:
+    """Ask for a completion, and hang up after the body of the `with`."""
+    data = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {pod.host}\r\nContent-Length: {len(data)}\r\n\r\n"
+    with socket.create_connection((pod.host, 8000)) as stream:
+        stream.sendall(head.encode() + data)
+        yield
 
 
 StartPod = Callable[..., Pod]

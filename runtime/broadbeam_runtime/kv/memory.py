@@ -32,9 +32,10 @@ def make_cache(
         share = CUDA_SHARE if device.type == "cuda" else CPU_SHARE / config.parallel.ranks_per_node
         useful = (config.scheduling.max_sequences + 1) * per_sequence * block_bytes
         budget = min(int(free * share), useful)
-    elif given > free:
+    elif given * (sharing := 1 if device.type == "cuda" else config.parallel.ranks_per_node) > free:
+        each = f", for each of {sharing} ranks" if sharing > 1 else ""
         raise ConfigError(
-            f"cache.memory_bytes is {_mib(given)}, but only {_mib(free)} are free on {device.type}"
+            f"cache.memory_bytes is {_mib(given)}{each}, but only {_mib(free)} are free on {device.type}"
         )
     else:
         budget = given
@@ -81,16 +82,20 @@ def free_bytes(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = (_cgroup(name) for name in ("memory.max", "memory.current"))
-    return min(available, limit - used) if limit is not None and used is not None else available
+    in_container = container_bytes(Path("/sys/fs/cgroup"))
+    return available if in_container is None else min(available, in_container)
 
 
-def _cgroup(name: str) -> int | None:
+def container_bytes(group: Path) -> int | None:
+    """What a container may still take; None without a limit. The kernel counts the pages of files too, the
+    weights just read among them, but gives those up when memory runs short."""
     try:
-        text = Path("/sys/fs/cgroup", name).read_text().strip()
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        pages = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except OSError:
         return None
-    return int(text) if text.isdecimal() else None
+    files = sum(int(pages.get(name, 0)) for name in ("active_file", "inactive_file"))
+    return int(limit) - (int(used) - files) if limit.isdecimal() else None
 
 
 def _mib(count: int) -> str:

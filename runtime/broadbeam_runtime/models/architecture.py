@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from broadbeam_runtime.checkpoint import CheckpointError
 
+FP8_BLOCK = 128  # one scale per 128 x 128 block
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
 
 
@@ -146,6 +147,10 @@ def _as_ids(value: int | list[int] | None) -> tuple[int, ...]:
 
 def _rope(fields: _Fields) -> Rope:
     given = dict(fields.get("rope_scaling") or {}) | dict(fields.get("rope_parameters") or {})
+    if nested := [name for name, value in given.items() if isinstance(value, dict)]:
+        raise ValueError(
+            f"rope_parameters differ by kind of layer ({', '.join(nested)}); served: one for all"
+        )
     kind: Any = given.get("rope_type") or given.get("type") or "default"
     if kind not in ("default", "linear", "llama3", "yarn"):
         raise ValueError(f"rope type {kind!r} is not served; known: default, linear, llama3, yarn")
@@ -171,8 +176,20 @@ def _rope(fields: _Fields) -> Rope:
     )
 
 
+def _check_quantization(fields: _Fields) -> None:
+    """Of quantised checkpoints, those in DeepSeek-V3's format are dequantised as they are read."""
+    given = fields.get("quantization_config", {})
+    method, block = given.get("quant_method"), given.get("weight_block_size")
+    if given and (method != "fp8" or list(block or ()) != [FP8_BLOCK, FP8_BLOCK]):
+        raise ValueError(
+            f"quantization_config is {method} with weight_block_size {block}; "
+            f"served: fp8 with [{FP8_BLOCK}, {FP8_BLOCK}]"
+        )
+
+
 def _shape(fields: _Fields, eos: tuple[int, ...], **extra: Any) -> Architecture:
     fields.only("hidden_act", "silu")
+    _check_quantization(fields)
     heads, hidden = fields.need("num_attention_heads"), fields.need("hidden_size")
     return Architecture(
         family=fields.need("model_type"),

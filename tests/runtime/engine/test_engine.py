@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from msgspec.structs import replace as changed
 from tests.runtime.engine.conftest import Model, Served, config, greedy, prompt
 
-from broadbeam_crds.engine_config import CacheConfig, ConfigError, ModelConfig
+from broadbeam_crds.engine_config import CacheConfig, ConfigError, ModelConfig, ParallelConfig
 from broadbeam_runtime.checkpoint import CheckpointError
 from broadbeam_runtime.core import LoadProgress, RankIdentity, SamplingParams
 from broadbeam_runtime.engine import TorchEngine
+from broadbeam_runtime.kv.memory import container_bytes, free_bytes
 
 Start = Callable[..., Served]
 Make = Callable[..., Model]
@@ -55,6 +57,29 @@ def test_a_config_that_cannot_work_is_refused_with_its_numbers(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("limit", "free"), [("1000", 1000 - (900 - 500 - 200)), ("max", None), (None, None)], ids=str
+)
+def test_pages_of_files_do_not_count_against_a_containers_limit(
+    limit: str | None, free: int | None, tmp_path: Path
+) -> None:
+    if limit:
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 100\nactive_file 200\ninactive_file 500\nshmem 100\n")
+    assert container_bytes(tmp_path) == free
+
+
+def test_the_ranks_of_a_pod_share_its_memory(make_model: Make) -> None:
+    free = free_bytes(torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"MiB, for each of 4 ranks, but only"):
+        start(
+            make_model("llama"),
+            cache=CacheConfig(memory_bytes=free // 2),
+            parallel=ParallelConfig(ranks_per_node=4),
+        )
+
+
 def test_experts_that_do_not_divide_over_the_ranks_are_refused(make_model: Make) -> None:
     model = make_model("qwen3-moe")
     with pytest.raises(ConfigError, match="16 experts cannot be spread evenly"):
@@ -66,6 +91,16 @@ def test_experts_that_do_not_divide_over_the_ranks_are_refused(make_model: Make)
     [
         pytest.param('{"model_type": "mamba"}', "model_type 'mamba' is not served", id="family"),
         pytest.param('{"model_type": "llama"}', "num_attention_heads is missing", id="missing field"),
+        pytest.param(
+            '{"model_type": "llama", "quantization_config": {"quant_method": "awq"}}',
+            r"quantization_config is awq with weight_block_size None; served: fp8 with \[128, 128\]",
+            id="quantised otherwise",
+        ),
+        pytest.param(
+            '{"model_type": "mistral", "sliding_window": 4096}',
+            "sliding_window is 4096; served: None",
+            id="window",
+        ),
         pytest.param("{", "config.json", id="no JSON"),
     ],
 )

@@ -97,13 +97,16 @@ def test_a_stop_during_the_start_leaves_nothing(start_pod: StartPod, number: int
     assert "Traceback" not in pod.log.read_text()
 
 
-def test_a_stop_lets_running_requests_finish_and_refuses_new_ones(start_pod: StartPod) -> None:
-    pod = start_pod(sim(sim={"decode_base_ms": 20})).ready()
+@pytest.mark.parametrize("drained", [False, True], ids=["at once", "after a drain"])
+def test_a_stop_lets_running_requests_finish_and_refuses_new_ones(start_pod: StartPod, drained: bool) -> None:
+    pod = start_pod(sim(sim={"decode_base_ms": 60}, drain_s=60)).ready()
     answers: list[Any] = []
     body = {"model": "demo", "prompt": "x", "max_tokens": 50, "ignore_eos": True}
     thread = threading.Thread(target=lambda: answers.append(pod.post("/v1/completions", body)))
     thread.start()
     pod.wait(lambda: pod.metric("vllm:num_requests_running") == 1)
+    if drained:
+        assert pod.post("/drain", port=9000)[0] == 202
     pod.process.send_signal(signal.SIGTERM)
     pod.wait(lambda: pod.get("/readyz")[0] == 503)
     status, answer = pod.post("/v1/completions", body)
@@ -114,17 +117,32 @@ def test_a_stop_lets_running_requests_finish_and_refuses_new_ones(start_pod: Sta
     assert pod.process.wait(20) == 0
 
 
+def test_a_rank_that_dies_while_the_pod_drains_is_a_failure(start_pod: StartPod) -> None:
+    pod = start_pod(sim(sim={"decode_base_ms": 60}, drain_s=60, **TWO)).ready()
+    body = {"model": "demo", "prompt": "x", "max_tokens": 2000, "ignore_eos": True}
+    thread = threading.Thread(target=lambda: _ask(pod, body))
+    thread.start()
+    pod.wait(lambda: pod.metric("vllm:num_requests_running") == 1)
+    second = pod.rank_states()[1]["pid"]
+    pod.process.send_signal(signal.SIGTERM)
+    pod.wait(lambda: pod.get("/readyz")[0] == 503)
+    subprocess.run(["kill", "-9", str(second)], check=True)
+    assert pod.process.wait(30) == 1
+    assert "rank 1 was killed by SIGKILL" in pod.log.read_text().splitlines()[-1]
+    thread.join()
+
+
+def _ask(pod: Any, body: dict[str, Any]) -> None:
+    try:
+        pod.post("/v1/completions", body)
+    except OSError:
+        return  # the connection breaks, as it should
+
+
 def test_a_second_signal_does_not_wait(start_pod: StartPod) -> None:
     pod = start_pod(sim(sim={"decode_base_ms": 50}, drain_s=60)).ready()
     body = {"model": "demo", "prompt": "x", "max_tokens": 2000, "ignore_eos": True}
-
-    def ask() -> None:
-        try:
-            pod.post("/v1/completions", body)
-        except OSError:
-            return  # the connection breaks, as it should
-
-    thread = threading.Thread(target=ask)
+    thread = threading.Thread(target=lambda: _ask(pod, body))
     thread.start()
     pod.wait(lambda: pod.metric("vllm:num_requests_running") == 1)
     pod.process.send_signal(signal.SIGTERM)
