@@ -29,9 +29,9 @@ async def test_an_engine_that_keeps_crashing_is_one_line_that_says_why_and_its_l
     assert await command.end() == 1
     last, log = command.lines[-2:]
     assert re.match(
-        r"broadbeam: demo-\w+-0-0 keeps failing \(restarted 3 times\): .*tokenizer\.json is missing", last
+        r"broadbeam: demo-\w+-0-0 keeps failing \(restarted 3 times\): .*config\.json is missing", last
     )
-    assert "tokenizer.json" in Path(log.removeprefix("its log: ")).read_text()
+    assert "config.json" in Path(log.removeprefix("its log: ")).read_text()
     assert "Traceback" not in command.text
     assert desk.left() == []
 
