@@ -168,3 +168,12 @@ def test_a_user_without_a_home_is_told_to_name_a_cache(monkeypatch):
     assert result.stderr == (
         "broadbeam: this user has no home folder: give --cache FOLDER, or set BROADBEAM_CACHE\n"
     )
+
+
+@pytest.mark.parametrize("name", ["../up", "No", "-a", "a" * 64, "a\n"])
+def test_a_namespace_that_is_none_is_refused_before_it_becomes_a_folder(tmp_path, name):
+    given = written(tmp_path / "a.yaml", serving_cluster(namespace=name))
+    for words in (("render", given), ("up", given), ("render", str(EXAMPLES[0]), "-n", name)):
+        result = run(*words)
+        assert result.exit_code != 0
+        assert f'metadata.namespace: "{name}" must be at most 63 of a-z' in result.stderr
