@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from tests.crds.edges import EDGES, edited
 from tests.crds.refused import REFUSED, Row
 
+from broadbeam_crds.testing import serving_cluster
 from cluster import Answer, Cluster, Object
 from manifests import namespace, simulated
 
@@ -47,10 +49,19 @@ def test_every_rule_is_refused_in_the_words_of_the_models(home: Cluster) -> None
     assert wrong == []
 
 
+def test_values_at_the_edge_are_taken_or_refused_as_the_models_say(home: Cluster) -> None:
+    statuses = [tried(home, edited(serving_cluster().wire(), edge)).status for edge in EDGES]
+
+    good = [status == 201 for status in statuses]
+    assert [edge for edge, taken in zip(EDGES, good, strict=True) if taken is not edge.good] == []
+
+
 def test_only_model_sizes_and_device_memory_are_left_to_the_operator() -> None:
     assert [row.name for row in REFUSED if row.by == "operator"] == [
         "longer than the model was made for",
         "a cache smaller than one sequence",
+        "a cache smaller than the model's own length",
+        "a cache that loses a sequence to whole blocks",
         "weights beyond the device",
         "weights and cache beyond the pod",
     ]

@@ -155,9 +155,9 @@ def shape_of(model: Model) -> Architecture | None:
     if model.architecture is not None:
         return model.architecture
     scheme, _, rest = model.source.partition("://")
-    place = rest.partition("?")[0]
-    names = [f"tiny-{place}"] if scheme == "tiny" else [model.name, *([place] if scheme == "hf" else [])]
-    return next((SHAPES[shape_key(name)] for name in names if shape_key(name) in SHAPES), None)
+    place = shape_key(rest).partition("?")[0]
+    keys = {"tiny": (f"tiny-{place}",), "hf": (shape_key(model.name), place)}
+    return next((SHAPES[key] for key in keys.get(scheme, (shape_key(model.name),)) if key in SHAPES), None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,7 @@ class _Amount(str):
     max_length: ClassVar[int] = 32
     integers: ClassVar[bool] = False
     minimum: ClassVar[int] = 0
+    maximum: ClassVar[int] = 2**63 - 1  # of an integer; a greater one is none to the API server
 
     def __new__(cls, value: str | int) -> Self:
         return super().__new__(cls, cls._checked(value))
@@ -54,6 +55,8 @@ class _Amount(str):
             raise ValueError(f"{text} is a decimal number, not {cls.example}")
         if isinstance(value, bool) or not isinstance(value, (str, int) if cls.integers else str):
             raise ValueError(f"{text} is not {cls.example}")
+        if isinstance(value, int) and value > cls.maximum:
+            raise ValueError(f"{text} is above the limit {cls.maximum}")
         if len(text) > cls.max_length or not re.fullmatch(cls.pattern, text, re.ASCII):
             raise ValueError(f'"{text[:40]}" is not {cls.example}')
         return text
@@ -85,6 +88,7 @@ class _Amount(str):
         return {
             "anyOf": [{"type": "integer"}, {"type": "string"}],
             "minimum": cls.minimum,
+            **({"maximum": cls.maximum} if cls.maximum < 2**53 else {}),
             **text,
             "x-kubernetes-int-or-string": True,
         }
@@ -98,11 +102,17 @@ class Quantity(_Amount):
     integers = True
     minimum = 1
 
+    @classmethod
+    def _checked(cls, value: object) -> str:
+        text = super()._checked(value)
+        if _amount(text) >= 2**63:
+            raise ValueError(f'"{text}" is above the limit 8191Pi')
+        return text
+
     @property
     def amount(self) -> Decimal:
         """The number itself: cores for CPU, bytes for memory."""
-        number = self.rstrip("mkKMGTPi")
-        return Decimal(number) * SUFFIXES[self[len(number) :]]
+        return _amount(self)
 
     @property
     def bytes(self) -> int:
@@ -110,10 +120,16 @@ class Quantity(_Amount):
         return math.ceil(self.amount)
 
 
+def _amount(text: str) -> Decimal:
+    number = text.rstrip("mkKMGTPi")
+    return Decimal(number) * SUFFIXES[text[len(number) :]]
+
+
 class Duration(_Amount):
     """A time in Go's notation, one or more numbers with units: `500ms`, `30s`, `1m30s`, `2h`."""
 
-    pattern = r"^(\d+(\.\d+)?(ms|s|m|h))+$"
+    # Nine digits of hours are a hundred thousand years, and any sum of a few fits 64 bits.
+    pattern = r"^(\d{1,9}(\.\d+)?(ms|s|m|h))+$"
     example = "a duration such as 500ms, 30s, 1m30s or 2h"
 
     @property
@@ -126,8 +142,8 @@ class PositiveDuration(Duration):
     """A duration that is not zero."""
 
     pattern = (
-        r"^(\d+(\.\d+)?(ms|s|m|h))*(0*[1-9]\d*(\.\d+)?|\d+\.\d*[1-9]\d*)(ms|s|m|h)"
-        r"(\d+(\.\d+)?(ms|s|m|h))*$"
+        r"^(\d{1,9}(\.\d+)?(ms|s|m|h))*(0{0,8}[1-9]\d{0,8}(\.\d+)?|\d{1,9}\.\d*[1-9]\d*)(ms|s|m|h)"
+        r"(\d{1,9}(\.\d+)?(ms|s|m|h))*$"
     )
     example = "a duration above zero such as 500ms, 30s, 1m30s or 2h"
 
@@ -135,9 +151,10 @@ class PositiveDuration(Duration):
 class Share(_Amount):
     """A count or a percentage of groups: `1`, `25%`."""
 
-    pattern = r"^(100|[1-9]?\d)%$|^\d{1,4}$"
+    pattern = r"^(100|[1-9]?\d)%$|^(0|[1-9]\d{0,3})$"
     example = "a count such as 1 or a percentage such as 25%"
     integers = True
+    maximum = 9999
 
     def of(self, total: int, *, round_up: bool) -> int:
         """How many of `total` this is; a percentage rounds as asked, a count is itself."""
@@ -158,6 +175,7 @@ class ChunkSize(_Amount):
     example = 'a positive number of tokens, or "disabled"'
     integers = True
     minimum = 1
+    maximum = 999_999_999
 
     @property
     def size(self) -> int | None:

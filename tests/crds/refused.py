@@ -447,9 +447,35 @@ REFUSED: list[Row] = [
     Row(
         "a cache smaller than one sequence",
         alone(kvCache={"memory": "1Mi"}, model=TINY_MODEL),
-        "spec.pools[main].kvCache.memory: 1Mi holds 227 tokens of 4608 bytes; a sequence of "
+        "spec.pools[main].kvCache.memory: 1Mi holds 224 tokens of 4608 bytes, in blocks of 16; a sequence of "
         "spec.model.maxModelLen needs 1024",
         by="operator",
+    ),
+    Row(
+        "a cache smaller than the model's own length",
+        alone(kvCache={"memory": "1Mi"}, model={"name": "tiny", "source": "tiny://deepseek-v3"}),
+        "spec.pools[main].kvCache.memory: 1Mi holds 224 tokens of 4608 bytes, in blocks of 16; a sequence of "
+        "the model's own limit needs 4096",
+        by="operator",
+    ),
+    Row(
+        "a cache that loses a sequence to whole blocks",
+        alone(kvCache={"memory": 1000 * 4608, "blockSize": 64}, model=TINY_MODEL | {"maxModelLen": 1000}),
+        "spec.pools[main].kvCache.memory: 4608000 holds 960 tokens of 4608 bytes, in blocks of 64; a "
+        "sequence of spec.model.maxModelLen needs 1024",
+        by="operator",
+    ),
+    Row(
+        "an uneven split of a model that is known by its repository",
+        vllm(data=3, model={"name": "chat", "source": "hf://deepseek-ai/DeepSeek-R1"}),
+        "spec.pools[main].parallelism: (experts + redundantExperts) % EP degree = (256 + 0) % 3 = 1; "
+        "it must be 0",
+    ),
+    Row(
+        "an uneven split of a random model",
+        alone(data=3),
+        "spec.pools[main].parallelism: (experts + redundantExperts) % EP degree = (16 + 0) % 3 = 1; "
+        "it must be 0",
     ),
     Row(
         "weights beyond the device",

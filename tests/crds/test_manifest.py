@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def refusal(text: str) -> str:
         pytest.param(
             "spec.model.source",
             "s3://bucket",
-            'spec.model.source: "s3://bucket" does not match ^(hf|pvc|oci|file|pypi|tiny)://[^\\s]+$',
+            'spec.model.source: "s3://bucket" does not match ^(hf|pvc|oci|file|pypi|tiny)://[^\\p{Z}\\p{Cc}]+$',
             id="an unknown source",
         ),
         pytest.param(
@@ -165,6 +166,18 @@ def test_a_wrong_field_is_named_with_value_and_limit(path: str, value: Any, mess
         pytest.param(f"a: {'1' * 5000}\n", "manifest: not YAML: Exceeds the limit", id="a long number"),
         pytest.param("a: *b\n", "manifest: line 1: not YAML: found undefined alias 'b'", id="no such anchor"),
         pytest.param("a: !!python/name:os.system x\n", "manifest: line 1: not YAML: could not", id="a tag"),
+        pytest.param("a: &a\n  b: *a\n", "manifest: nested too deeply to be a manifest", id="within itself"),
+        pytest.param(
+            "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
+            + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in pairwise("abcdefghi")),
+            "manifest: more than 100,000 values, too many for a manifest",
+            id="a billion aliases",
+        ),
+        pytest.param("a: !!binary aGVsbG8=\n", "manifest: line 1: not YAML: could not", id="raw bytes"),
+        pytest.param("a: !!set {b, c}\n", "manifest: line 1: not YAML: could not", id="a set"),
+        pytest.param(
+            "a:\n- .nan\n", 'manifest: line 2: not YAML: ".nan" is no number that JSON has', id="no number"
+        ),
         pytest.param(
             "? [1, 2]\n: x\n", "manifest: line 1: not YAML: found unhashable key", id="a list as key"
         ),
@@ -271,6 +284,34 @@ def test_what_kubernetes_adds_to_an_object_is_kept() -> None:
     }
 
     assert cluster_from(stored).wire()["metadata"]["managedFields"] == [{"manager": "kubectl"}]
+
+
+def test_yaml_is_read_as_kubectl_reads_it() -> None:
+    text = """
+      apiVersion: serving.broadbeam.io/v1alpha1
+      kind: ServingCluster
+      metadata: {name: demo, creationTimestamp: null}
+      spec:
+        model: {name: a, source: "hf://a", maxModelLen: 1e3}
+        engine: {env: [{name: AT, value: 12:30}], extraArgs: [1_x]}
+        gateway: null
+        pools:
+        - name: main
+          groups: 0x10
+          kvCache: {memory: 1.5e9}
+          template: {metadata: {annotations: {1: a, true: b}}, spec: {hostname: null}}
+    """
+
+    spec = load_manifest(text).spec
+
+    assert spec.model.max_model_len == 1000
+    assert (spec.engine.env[0].value, spec.engine.extra_args) == ("12:30", ["1_x"])
+    assert spec.gateway.replicas == 1
+    assert (spec.pools[0].groups, spec.pools[0].kv_cache.memory) == (16, "1500000000")
+    assert spec.pools[0].template == {
+        "metadata": {"annotations": {"1": "a", "true": "b"}},
+        "spec": {"hostname": None},  # in a template null removes
+    }
 
 
 def test_a_time_in_yaml_stays_text() -> None:

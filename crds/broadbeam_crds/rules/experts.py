@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from broadbeam_crds.model_shapes import SHAPES, shape_of
-from broadbeam_crds.rules.rule import Finding, cel_list, cel_text, pool_in_spec_rule, pool_rule
+from broadbeam_crds.rules.rule import Finding, cel_text, pool_in_spec_rule, pool_rule
 from broadbeam_crds.v1alpha1 import Pool, ServingCluster
 
 
@@ -71,22 +71,28 @@ def _decode_threshold(pool: Pool, _: ServingCluster) -> Finding | None:
     return {"value": overlap.decode_threshold, "limit": limit}
 
 
-def _known_experts() -> str:
-    """CEL map: experts of each known model, by the last part of its name in lower case."""
-    known = {name: shape.experts.count for name, shape in SHAPES.items() if shape.experts}
-    return "{" + ", ".join(f"{cel_text(name)}: {count}" for name, count in known.items()) + "}"
+def _known() -> str:
+    """CEL map: routed experts of each known model by its key in SHAPES; 0 for a dense one."""
+    counts = {name: shape.experts.count if shape.experts else 0 for name, shape in SHAPES.items()}
+    return "{" + ", ".join(f"{cel_text(name)}: {count}" for name, count in counts.items()) + "}"
 
 
-def _known_dense() -> str:
-    return cel_list(name for name, shape in SHAPES.items() if shape.experts is None)
-
-
-_NAME: Final = "self.model.name.lowerAscii().substring(self.model.name.lastIndexOf('/') + 1)"
+# As `shape_of`: by the name, and else by where the weights are.
+_LAST: Final = "{0}.lowerAscii().substring({0}.lastIndexOf('/') + 1)"
+_NAME: Final = _LAST.format("self.model.name")
+_PLACE: Final = f"{_LAST.format('self.model.source')}.split('?')[0]"
+_SCHEME: Final = "self.model.source.startsWith('{0}://')"
+_KEY: Final = (
+    f"({_SCHEME.format('tiny')} ? 'tiny-' + {_PLACE} : "
+    f"({_SCHEME.format('hf')} && !({_NAME} in {_known()}) ? {_PLACE} : {_NAME}))"
+)
 _GIVEN: Final = "has(self.model.architecture)"
+# A list of one, for CEL has no other way to name a value that is used more than once.
 _EXPERTS: Final = (
     f"({_GIVEN} ? (has(self.model.architecture.experts) ? self.model.architecture.experts.count : 0) : "
-    f"({_NAME} in {_known_experts()} ? {_known_experts()}[{_NAME}] : 0))"
+    f"[{_KEY}].map(k, k in {_known()} ? {_known()}[k] : 0)[0])"
 )
+_DENSE: Final = f"[{_KEY}].exists(k, k in {_known()} && {_known()}[k] == 0)"
 _REDUNDANT: Final = "(has(p.expertLoadBalancing) ? p.expertLoadBalancing.redundantExperts : 0)"
 _DEGREE: Final = "(p.parallelism.data * p.parallelism.tensor)"
 _ONE_RANK: Final = "self.parallelism.data * self.parallelism.tensor == 1"
@@ -123,8 +129,7 @@ RULES: Final = (
     pool_in_spec_rule(
         'spec.pools[{pool}].expertLoadBalancing: model "{model}" has no experts to balance',
         _balancing_dense,
-        f"has(p.expertLoadBalancing) && ({_GIVEN} ? !has(self.model.architecture.experts) : "
-        f"{_NAME} in {_known_dense()})",
+        f"has(p.expertLoadBalancing) && ({_GIVEN} ? !has(self.model.architecture.experts) : {_DENSE})",
         {"model": "self.model.name"},
     ),
     pool_in_spec_rule(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from broadbeam_crds.capacity import GIB, Capacity, capacities
+from broadbeam_crds.engine_config import CacheConfig
 from broadbeam_crds.model_shapes import shape_of
 from broadbeam_crds.rules.rule import Finding, Rule
 from broadbeam_crds.v1alpha1 import ServingCluster
@@ -37,16 +38,26 @@ def _shortage(pool: Capacity) -> Finding:
 
 
 def _cache_too_small(cluster: ServingCluster) -> Iterator[Finding]:
+    """No engine starts with a cache that cannot hold one sequence of the greatest length."""
+    shape, asked = shape_of(cluster.spec.model), cluster.spec.model.max_model_len
+    length = asked or (shape.max_model_len if shape else None)
     # The simulator counts blocks and keeps none, so its cache may be any size.
-    length = cluster.spec.model.max_model_len if cluster.spec.engine.name != "sim" else None
+    if length is None or cluster.spec.engine.name == "sim":
+        return
     for pool, spec in zip(capacities(cluster), cluster.spec.pools, strict=True):
-        if length and pool.kv_given and pool.kv_tokens is not None and pool.kv_tokens < length:
+        if not pool.kv_given or pool.kv_tokens is None:
+            continue
+        block = spec.kv_cache.block_size or CacheConfig().block_size
+        held, needed = pool.kv_tokens // block * block, -(-length // block) * block
+        if held < needed:
             yield {
                 "pool": pool.pool,
                 "memory": spec.kv_cache.memory,
                 "per_token": pool.kv_bytes_per_token,
-                "value": pool.kv_tokens,
-                "limit": length,
+                "value": held,
+                "block": block,
+                "whose": "spec.model.maxModelLen" if asked else "the model's own limit",
+                "limit": needed,
             }
 
 
@@ -66,8 +77,8 @@ RULES: Final = (
         _does_not_fit,
     ),
     Rule(
-        "spec.pools[{pool}].kvCache.memory: {memory} holds {value} tokens of {per_token} bytes; a sequence "
-        "of spec.model.maxModelLen needs {limit}",
+        "spec.pools[{pool}].kvCache.memory: {memory} holds {value} tokens of {per_token} bytes, in blocks of "
+        "{block}; a sequence of {whose} needs {limit}",
         _cache_too_small,
     ),
 )

@@ -36,12 +36,17 @@ class Unbuilt:
         return "engine {engine}" if self.engines else "the operator"
 
     @property
+    def limit(self) -> str:
+        """Each value once: a count may be written as a number or as text."""
+        return " or ".join(dict.fromkeys(map(_text, self.only)))
+
+    @property
     def shows_value(self) -> bool:
         return bool(self.only or self.never)
 
     def message(self, path: str) -> str:
         value = ": {value}" if self.shows_value else ":"
-        limit = f" (only {' or '.join(map(_text, self.only))})" if self.only else ""
+        limit = f" (only {self.limit})" if self.only else ""
         return f"{path}{value} not supported yet by {self.who}{limit}{f'; {self.why}' if self.why else ''}"
 
     def finding(self, values: dict[str, Any], engine: EngineName) -> Finding | None:
@@ -52,7 +57,7 @@ class Unbuilt:
             found = found.get(key) if isinstance(found, dict) else None
         if found is None or found in self.only or (self.never and found not in self.never):
             return None
-        return {"value": _text(found), "limit": " or ".join(map(_text, self.only)), "engine": engine}
+        return {"value": _text(found), "limit": self.limit, "engine": engine}
 
     def broken(self, root: str) -> str:
         """CEL that is true when the field is used; `root` is what it belongs to."""
@@ -113,7 +118,7 @@ SPEC: Final = (
     Unbuilt("kv.events", OURS, only=(False,)),
     Unbuilt("engine.threads", VLLM, only=(0,)),
     Unbuilt("objectives", ()),
-    Unbuilt("rollout.maxSurge", (), only=(0,)),
+    Unbuilt("rollout.maxSurge", (), only=(0, "0")),
     Unbuilt("rollout.revisionHistoryLimit", (), only=(5,)),
     Unbuilt("rollout.canary", ()),
     Unbuilt("recovery", ()),

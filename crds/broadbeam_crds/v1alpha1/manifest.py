@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,29 +13,11 @@ from pydantic_core import ErrorDetails
 
 from broadbeam_crds.conventions import API_GROUP, API_VERSION, KIND
 from broadbeam_crds.v1alpha1.cluster import ServingCluster
+from broadbeam_crds.v1alpha1.documents import DocumentError, documents, stored
 
 
 class ManifestError(ValueError):
     """A manifest that cannot be used; the message is one line with field, value and limit."""
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key given twice, and leaves times as the text they are."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                line = key.start_mark.line + 1
-                raise ManifestError(f'line {line}: the key "{key.value}" is given twice')
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
 
 
 def load_manifest(source: str | Path) -> ServingCluster:
@@ -55,19 +36,12 @@ def load_manifest(source: str | Path) -> ServingCluster:
 def parse_manifest(text: str, where: str) -> ServingCluster:
     """`where` names the text in messages."""
     try:
-        documents = [each for each in yaml.load_all(text, _Loader) if each is not None]
-    except ManifestError as error:
-        raise ManifestError(f"{where}: {error}") from error
-    except yaml.MarkedYAMLError as error:
-        line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
-        raise ManifestError(f"{where}:{line} not YAML: {error.problem or error.context}") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of thousands of digits
-        raise ManifestError(f"{where}: not YAML: {_one_line(str(error))}") from error
-    except RecursionError:
-        raise ManifestError(f"{where}: nested too deeply to be a manifest") from None
-    if len(documents) != 1:
-        raise ManifestError(f"{where}: {len(documents)} documents; the limit is one {KIND}")
-    return cluster_from(documents[0], where)
+        found = documents(text)
+    except DocumentError as error:
+        raise ManifestError(f"{where}: {_one_line(str(error))}") from error
+    if len(found) != 1:
+        raise ManifestError(f"{where}: {len(found)} documents; the limit is one {KIND}")
+    return cluster_from(found[0], where)
 
 
 def cluster_from(document: object, where: str = KIND) -> ServingCluster:
@@ -77,6 +51,7 @@ def cluster_from(document: object, where: str = KIND) -> ServingCluster:
     for field, wanted in (("apiVersion", f"{API_GROUP}/{API_VERSION}"), ("kind", KIND)):
         if document.get(field) != wanted:
             raise ManifestError(f"{where}: {field}: {_shown(document.get(field))} is not {wanted}")
+    document = stored(document)
     try:
         return ServingCluster.model_validate(document)
     except ValidationError as error:

