@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 from broadbeam_runtime.distribution import Distribution
 
+STOP_TIMEOUT_S = 5.0
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -151,7 +152,8 @@ class Engine(Protocol):
 
     def stats(self) -> EngineStats: ...
 
-    def stop(self) -> None: ...
+    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
+        """Leave; a rank of a group within `timeout_s` with the others, or else without them."""
 
 
 @dataclass(slots=True)

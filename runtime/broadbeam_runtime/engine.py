@@ -17,6 +17,7 @@ from broadbeam_crds.engine_config import ConfigError, EngineConfig
 from broadbeam_runtime.attention import Chunk, make_plan
 from broadbeam_runtime.checkpoint import CheckpointError
 from broadbeam_runtime.core import (
+    STOP_TIMEOUT_S,
     TRANSFER_BYTES,
     TRANSFER_S,
     EngineStats,
@@ -39,7 +40,6 @@ from broadbeam_runtime.scheduler import Limits, Scheduler, Work
 from broadbeam_runtime.transfers import Transfers
 from broadbeam_runtime.weights import Files, Weights
 
-STOP_TIMEOUT_S = 5.0  # how long `stop` waits for the rest of the group to stop too
 EXIT_ENGINE_FAILED = 70
 
 Message = Request | str | None  # a new request, the id of one to abort, or only a wake-up
@@ -129,12 +129,12 @@ class TorchEngine:
     def stats(self) -> EngineStats:
         return self.snapshot
 
-    def stop(self) -> None:
+    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
         """Finish what runs and leave, together with the rest of the group where it stops too."""
         self.stopping = True
         self._wake()
         if self.thread and self.thread is not threading.current_thread():
-            self.thread.join(STOP_TIMEOUT_S)
+            self.thread.join(timeout_s)
         if self.connector:
             self.connector.stop()
 

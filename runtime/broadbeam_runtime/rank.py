@@ -18,7 +18,7 @@ from aiohttp import web
 
 from broadbeam_crds.engine_config import ConfigError, EngineConfig
 from broadbeam_runtime import resolve
-from broadbeam_runtime.core import Engine, EngineStats, LoadProgress, RankIdentity
+from broadbeam_runtime.core import STOP_TIMEOUT_S, Engine, EngineStats, LoadProgress, RankIdentity
 from broadbeam_runtime.generation import EngineClient
 from broadbeam_runtime.metrics import RankMetrics
 from broadbeam_runtime.progress import reporting
@@ -147,7 +147,7 @@ class Rank:
         finally:
             await runner.cleanup()
         if self._engine is not None:
-            await asyncio.to_thread(self._engine.stop)
+            await asyncio.to_thread(self._engine.stop, self._patience_s())
         return 1 if self._server.failure else 0
 
     async def _serve(self) -> None:
@@ -204,6 +204,12 @@ class Rank:
         asyncio.get_running_loop().call_later(0.2, self._on_stop_now)
 
     # --- stopping
+
+    def _patience_s(self) -> float:
+        """How long this rank steps on for those of other pods that still answer."""
+        config = self._settings.config
+        alone = config.parallel.nodes == 1 or self._stop_now.is_set()
+        return STOP_TIMEOUT_S if alone else config.drain_s
 
     def _on_stop(self) -> None:
         if self._stop.is_set():

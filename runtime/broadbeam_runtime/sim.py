@@ -13,7 +13,15 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from broadbeam_crds.engine_config import ConfigError, EngineConfig
-from broadbeam_runtime.core import EngineStats, LoadProgress, ModelInfo, OnOutputs, RankIdentity, Request
+from broadbeam_runtime.core import (
+    STOP_TIMEOUT_S,
+    EngineStats,
+    LoadProgress,
+    ModelInfo,
+    OnOutputs,
+    RankIdentity,
+    Request,
+)
 from broadbeam_runtime.kv.connector import PoolLayout
 from broadbeam_runtime.kv.pull import PullConnector
 from broadbeam_runtime.lockstep import Coordinator, Group, GroupError
@@ -94,12 +102,12 @@ class SimEngine:
             self._aborted.append(request_id)
             self._work.notify()
 
-    def stop(self) -> None:
+    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
         with self._work:
             self._stopping = True
             self._work.notify()
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout=5.0)
+            self._thread.join(timeout_s)
         if self._connector is not None:
             self._connector.stop()
 

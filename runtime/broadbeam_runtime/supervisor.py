@@ -10,6 +10,7 @@ import asyncio
 import signal
 import socket
 import sys
+from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any
 
@@ -170,19 +171,29 @@ class Supervisor:
         if self._stage in ("ready", "draining"):  # the latter after POST /drain
             self._stage = "draining"
             await self._drain()
-            if any(rank.exit_code is not None for rank in self._ranks):
+            if any(rank.exit_code for rank in self._ranks):
                 self._failure = self._blame()
         self._stage = "stopping"
         await asyncio.gather(*(child.stop(STOP_GRACE_S) for child in children))
 
     async def _drain(self) -> None:
-        """All ranks refuse new requests; none leaves before the last has finished: an idle rank still
-        takes part in the steps of the others."""
+        """All ranks refuse new requests; none leaves before the last of its group has finished: an idle rank
+        still takes part in the steps of the others, those of other pods included."""
+        deadline = asyncio.get_running_loop().time() + self._settings.config.drain_s
         for rank in self._ranks:
             rank.send_signal(signal.SIGUSR1)
-        waits = [asyncio.create_task(self._insisted.wait()), asyncio.create_task(self._all_idle())]
+        await self._unless_told(self._all_idle(), deadline)
+        if self._settings.config.parallel.nodes > 1 and not self._insisted.is_set():
+            for rank in self._ranks:
+                rank.send_signal(signal.SIGTERM)  # they leave when the whole group does
+            await self._unless_told(self._ranks[0].exited.wait(), deadline)
+
+    async def _unless_told(self, what: Coroutine[Any, Any, Any], deadline: float) -> None:
+        """Wait for `what`, but not past the deadline, a second signal or a rank's end."""
+        waits = [asyncio.create_task(each) for each in (what, self._insisted.wait())]
         waits += [asyncio.create_task(rank.exited.wait()) for rank in self._ranks]
-        await asyncio.wait(waits, timeout=self._settings.config.drain_s, return_when=asyncio.FIRST_COMPLETED)
+        left_s = deadline - asyncio.get_running_loop().time()
+        await asyncio.wait(waits, timeout=max(left_s, 0), return_when=asyncio.FIRST_COMPLETED)
         for task in waits:
             task.cancel()
 

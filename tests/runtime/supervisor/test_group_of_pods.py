@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from broadbeam_crds import conventions
 StartPod = Callable[..., Any]
 NAME = "demo-decode-0-0.demo-decode-0.default.svc"  # node 0, as a cluster's DNS knows it
 HOSTS = [f"127.233.{os.getpid() % 250}.{node + 1}" for node in range(2)]
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "engine": "broadbeam",
     "role": "both",
     "model": {"name": "tiny", "source": "tiny://deepseek-v3", "max_model_len": 256},
@@ -31,13 +32,15 @@ QUESTION = {"model": "tiny", "prompt": "the wind and the sea", "max_tokens": 8, 
 @pytest.fixture
 def start_group(
     start_pod: StartPod, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[], list[Any]]:
+) -> Callable[..., list[Any]]:
     """Start both pods of the group, as a cluster does: at once, with node 0 known by name."""
     hosts_file = tmp_path / "hosts"
     hosts_file.write_text(f"{HOSTS[0]} {NAME}\n")
     monkeypatch.setenv(conventions.ENV_HOSTS_FILE, str(hosts_file))
     flags = ["--cache", str(tmp_path), "--node-index"]
-    return lambda: [start_pod(CONFIG, *flags, str(node), host=host) for node, host in enumerate(HOSTS)]
+    return lambda config=CONFIG: [
+        start_pod(config, *flags, str(node), host=host) for node, host in enumerate(HOSTS)
+    ]
 
 
 def answer(pod: Any) -> str:
@@ -62,6 +65,24 @@ def test_a_lost_rank_ends_both_pods_and_the_group_comes_back(start_group: Callab
 
     for pod in start_group():
         assert answer(pod.ready()) == said
+
+
+def test_pods_that_stop_together_stay_until_the_last_has_answered(
+    start_group: Callable[..., list[Any]],
+) -> None:
+    long: dict[str, Any] = {"drain_s": 60, "model": CONFIG["model"] | {"max_model_len": 512}}
+    first, second = (pod.ready() for pod in start_group(CONFIG | long))
+    answers: list[tuple[int, Any]] = []
+    body = QUESTION | {"max_tokens": 300, "n": 4, "ignore_eos": True}
+    thread = threading.Thread(target=lambda: answers.append(first.post("/v1/completions", body)))
+    thread.start()
+    first.wait(lambda: first.metric("vllm:num_requests_running") == 4)
+    for pod in (first, second):
+        pod.process.send_signal(signal.SIGTERM)
+    thread.join()
+    assert answers[0][0] == 200, answers
+    assert answers[0][1]["usage"]["completion_tokens"] == 4 * 300
+    assert [pod.process.wait(30) for pod in (first, second)] == [0, 0]
 
 
 def test_a_pod_that_comes_back_alone_makes_an_idle_group_start_again(
