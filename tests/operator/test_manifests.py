@@ -117,6 +117,13 @@ def test_engine_pods_wait_for_their_group(example):
         assert template["spec"]["readinessGates"] == [{"conditionType": GROUP_READY_GATE}]
 
 
+@pytest.mark.parametrize("given", [None, [], [{"conditionType": "example.com/target"}]])
+def test_no_template_takes_the_readiness_gate_away(given):
+    cluster = serving_cluster(pools=[pool("both", template={"spec": {"readinessGates": given}})])
+    (template,) = engine_templates(cluster)
+    assert template["spec"]["readinessGates"] == [{"conditionType": GROUP_READY_GATE}, *(given or [])]
+
+
 def engine_templates(cluster: ServingCluster) -> list[Object]:
     return [
         each for each in templates(render(cluster)) if each["metadata"]["labels"][LABEL_COMPONENT] == "engine"
@@ -346,3 +353,16 @@ def test_the_template_of_a_pool_is_laid_over_the_generated_one():
     assert found["spec"]["containers"][0]["command"] == ["broadbeam-runtime"]
     cache = next(each for each in found["spec"]["volumes"] if each["name"] == "cache")
     assert cache == {"name": "cache", "persistentVolumeClaim": {"claimName": "models"}}
+
+
+@pytest.mark.parametrize(
+    ("kv", "role"),
+    [
+        pytest.param({"transfer": {"connector": "tcp"}}, "decode", id="it may fetch KV"),
+        pytest.param({}, "both", id="it computes its prompts itself"),
+    ],
+)
+def test_a_decode_pool_alone_is_one_that_the_engine_runs(kv, role):
+    cluster = serving_cluster(pools=[pool("decode")], kv=kv)
+    (config,) = [obj for obj in of_kind(render(cluster), "ConfigMap") if "engine.json" in obj["data"]]
+    assert json.loads(config["data"]["engine.json"])["role"] == role

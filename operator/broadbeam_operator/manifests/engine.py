@@ -54,7 +54,8 @@ def engine_config(group: Group) -> EngineConfig:
     sim = spec.engine.sim or Simulation()
     return EngineConfig(
         engine=spec.engine.name,
-        role=pool.role,
+        # Without a way for KV to travel a decode pool computes its prompts itself.
+        role=pool.role if spec.kv.transfer else "both",
         model=ModelConfig(
             name=spec.model.name,
             source=source_in_pod(spec.model.source),

@@ -36,6 +36,7 @@ from broadbeam_operator.manifests.overlay import overlay
 from broadbeam_operator.manifests.placement import placement, resources
 from broadbeam_operator.manifests.storage import CACHE_DIR, mounted
 
+READINESS_GATES = [{"conditionType": GROUP_READY_GATE}]
 STOP_MARGIN_S = 15  # after the drain: closing sockets, freeing memory, the supervisor's own exit
 
 
@@ -138,12 +139,19 @@ def engine_shape(cluster: ServingCluster) -> EngineShape:
 
 
 def pod_template(group: Group, revision: str) -> Object:
-    """The generated template with the spec's own laid over it; our labels win, for selectors rely on them."""
+    """The generated template with the spec's own laid over it. Our labels and annotations win, for selectors
+    and gateways rely on them; and our readiness gate stays beside any other."""
     generated = _generated_template(group)
     merged: Object = overlay(generated, group.pool.template or {})
-    labels = {**merged["metadata"]["labels"], **group.labels, LABEL_REVISION: revision}
-    annotations = {**merged["metadata"]["annotations"], **generated["metadata"]["annotations"]}
-    return {**merged, "metadata": {**merged["metadata"], "labels": labels, "annotations": annotations}}
+    meta, spec = merged["metadata"], merged["spec"]
+    labels = {**meta.get("labels", {}), **group.labels, LABEL_REVISION: revision}
+    annotations = {**meta.get("annotations", {}), **generated["metadata"]["annotations"]}
+    others = [gate for gate in spec.get("readinessGates", ()) if gate not in READINESS_GATES]
+    return {
+        **merged,
+        "metadata": {**meta, "labels": labels, "annotations": annotations},
+        "spec": {**spec, "readinessGates": [*READINESS_GATES, *others]},
+    }
 
 
 def _generated_template(group: Group) -> Object:
@@ -163,7 +171,7 @@ def _generated_template(group: Group) -> Object:
             "enableServiceLinks": False,
             "terminationGracePeriodSeconds": int(spec.engine.drain.seconds) + STOP_MARGIN_S,
             "securityContext": POD_SECURITY,
-            "readinessGates": [{"conditionType": GROUP_READY_GATE}],
+            "readinessGates": READINESS_GATES,
             **placement(pool, group.selector),
             "containers": [_container(group)],
             "volumes": [
