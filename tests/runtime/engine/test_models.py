@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.runtime.engine.conftest import FAMILIES, IN_FLIGHT, LENGTHS, MAX_LEN, Model, Served, greedy, prompt
+
+from broadbeam_runtime import tiny
 
 Start = Callable[..., Served]
 Make = Callable[..., Model]
@@ -20,6 +24,16 @@ YARN = {
     "mscale": 0.707,
     "mscale_all_dim": 0.9,
 }
+PUBLISHED_YARN = {
+    "type": "yarn",
+    "factor": 40,
+    "original_max_position_embeddings": 128,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+LITE_MSCALE = {"mscale": 0.707, "mscale_all_dim": 0.707}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -63,9 +77,34 @@ def test_sixteen_requests_in_flight_do_not_disturb_each_other(
             {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
             id="linear rope",
         ),
+        pytest.param(
+            "llama",
+            {"rope_parameters": None, "rope_scaling": LLAMA3 | {"factor": 32.0}, "rope_theta": 500000.0},
+            id="llama 3.2 as published",
+        ),
         pytest.param("qwen3-moe", {"mlp_only_layers": [2], "decoder_sparse_step": 2}, id="some layers dense"),
         pytest.param("qwen3-moe", {"norm_topk_prob": False}, id="weights not normalised"),
         pytest.param("deepseek-v3", {"rope_parameters": YARN, "q_lora_rank": None}, id="yarn, full queries"),
+        pytest.param(
+            "deepseek-v3",
+            {"rope_parameters": None, "rope_scaling": PUBLISHED_YARN, "rope_theta": 10000},
+            id="r1's yarn as published",
+        ),
+        pytest.param(
+            "deepseek-v3",
+            {"n_group": 1, "topk_group": 1, "q_lora_rank": None, "routed_scaling_factor": 2.446}
+            | {"first_k_dense_replace": 2, "tie_word_embeddings": True},
+            id="moonlight's routing, tied",
+        ),
+        pytest.param(
+            "deepseek-v2",
+            {
+                "rope_parameters": None,
+                "rope_scaling": PUBLISHED_YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+            }
+            | {"rope_theta": 10000},
+            id="v2-lite's yarn as published",
+        ),
         pytest.param("deepseek-v3", {"rope_interleave": False, "n_shared_experts": 2}, id="rope in halves"),
         pytest.param(
             "deepseek-v2", {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}, id="v2"
@@ -80,6 +119,41 @@ def test_variants_of_the_families_agree_too(
     prompts = [prompt(length, seed=2) for length in (3, 300)]
     answers = served.run(*(greedy(str(len(p)), p, 8) for p in prompts))
     assert answers == [model.answer(p, 8) for p in prompts]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes"),
+    [
+        pytest.param("mistral", {"sliding_window": None, "head_dim": 48}, id="mistral"),
+        pytest.param("qwen2", {"tie_word_embeddings": True}, id="qwen2"),
+        pytest.param("qwen3", {"head_dim": 64}, id="qwen3"),
+        pytest.param("llama", {"mlp_bias": True, "attention_bias": True}, id="llama with all biases"),
+    ],
+)
+def test_what_transformers_saves_of_the_other_families_is_served_as_it_answers(
+    model_type: str, changes: dict[str, Any], serve: Start, tmp_path: Path
+) -> None:
+    save_random(model_type, changes, tmp_path)
+    model = Model(tmp_path)
+    prompts = [prompt(length, seed=2) for length in (3, 300)]
+    assert serve(model).run(*(greedy(str(len(p)), p, 8) for p in prompts)) == [
+        model.answer(p, 8) for p in prompts
+    ]
+
+
+def save_random(model_type: str, changes: dict[str, Any], directory: Path) -> None:
+    """A small model of transformers' own making; biases and norms random too, so that they count."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": tiny.VOCAB}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "initializer_range": 0.1}
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**sizes, **heads, **changes))
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    made.save_pretrained(directory)
 
 
 @pytest.mark.parametrize("family", ["llama", "deepseek-v3"])

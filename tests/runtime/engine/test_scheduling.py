@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from broadbeam_crds.engine_config import SchedulingConfig
-from broadbeam_runtime.core import Output, Request, SamplingParams, TokenLogprob
+from broadbeam_runtime.core import Output, RemotePrefill, Request, SamplingParams, TokenLogprob
+from broadbeam_runtime.kv.connector import PullResult
 from broadbeam_runtime.kv.pool import BlockPool
 from broadbeam_runtime.kv.prefix import ROOT, block_hash
 from broadbeam_runtime.scheduler import Limits, Scheduler
+from broadbeam_runtime.transfers import Transfers
 
 EOS = 2
 
@@ -165,6 +167,111 @@ def test_the_end_of_a_prefix_is_reused_before_its_beginning() -> None:
 def test_block_hashes_depend_on_everything_before() -> None:
     first, other = block_hash(ROOT, [1, 2]), block_hash(ROOT, [2, 1])
     assert block_hash(first, [3]) != block_hash(other, [3])
+
+
+class Wire:
+    """A connector whose holds and pulls end when the test says so."""
+
+    def __init__(self) -> None:
+        self.holds: list[str] = []
+        self.pulls: list[str] = []
+        self.news: tuple[list[tuple[str, bool]], list[PullResult]] = ([], [])
+        self.wake = lambda: None
+
+    def hold(self, request_id: str, block_ids: Any, num_tokens: int) -> dict[str, Any]:
+        self.holds.append(request_id)
+        return {}
+
+    def release(self, request_id: str) -> None:
+        self.end_hold(request_id, pulled=False)
+
+    def end_hold(self, request_id: str, pulled: bool) -> None:
+        if request_id in self.holds:
+            self.holds.remove(request_id)
+            self.news[0].append((request_id, pulled))
+
+    def expect(self, request_id: str, params: Any) -> None: ...
+
+    def pull(self, request_id: str, params: Any, block_ids: Any) -> None:
+        self.pulls.append(request_id)
+
+    def cancel(self, request_id: str) -> None: ...
+
+    def end_pull(self, request_id: str, error: str | None) -> None:
+        self.pulls.remove(request_id)
+        self.news[1].append(PullResult(request_id, 1, 0.0, error))
+
+    def released(self) -> list[tuple[str, bool]]:
+        taken = self.news[0][:]
+        self.news[0].clear()
+        return taken
+
+    def pulled(self) -> list[PullResult]:
+        taken = self.news[1][:]
+        self.news[1].clear()
+        return taken
+
+
+MOVES = st.lists(
+    st.tuples(
+        st.sampled_from(["add", "hold", "pull", "pull first", "abort", "end hold", "arrive", "fail", "step"]),
+        st.integers(0, 20),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(moves=MOVES, reuse=st.booleans(), recompute=st.booleans(), budget=st.integers(1, 50))
+def test_whatever_is_held_pulled_and_lost_every_block_has_its_owner_and_all_requests_end(
+    moves: list[tuple[str, int]], reuse: bool, recompute: bool, budget: int
+) -> None:
+    pool, wire = BlockPool(50, 4), Wire()
+    limits = Limits(
+        SchedulingConfig(max_batched_tokens=budget, max_sequences=4), 200, 1000, (EOS,), reuse, recompute
+    )
+    s, added = Scheduler(limits, pool, Transfers(wire, pool)), 0  # type: ignore[arg-type]
+
+    def add(number: int, length: int, **leg: Any) -> None:
+        nonlocal added
+        prompt = tuple(10 + i // 6 for i in range(1 + 7 * number))
+        s.add(Request(f"{added}", prompt, SamplingParams(max_tokens=length), 0.0, **leg))
+        added += 1
+
+    for kind, number in moves:
+        match kind:
+            case "add":
+                add(number, 1 + number)
+            case "hold":
+                add(number, 1, hold_blocks=True)
+            case "pull" | "pull first":
+                first = TokenLogprob(9, 0.0) if kind == "pull first" else None
+                add(number, 30, remote_prefill=RemotePrefill({}, 1 + 7 * number, first))
+            case "abort":
+                s.abort(f"{number}")
+            case "end hold" if wire.holds:
+                wire.end_hold(wire.holds[number % len(wire.holds)], pulled=bool(number % 2))
+            case "arrive" | "fail" if wire.pulls:
+                wire.end_pull(wire.pulls[number % len(wire.pulls)], "lost" if kind == "fail" else None)
+            case _:
+                turn(s)
+        s.check_integrity()
+    for _ in range(5000):
+        turn(s)
+        if not s.has_work:  # nothing goes on without the transport
+            for held in wire.holds[:1]:
+                wire.end_hold(held, pulled=False)
+            for pulling in wire.pulls[:1]:
+                wire.end_pull(pulling, None)
+    assert sorted(o.request_id for o in s.outputs if o.finish) == sorted(map(str, range(added)))
+    assert pool.available == len(pool)
+
+
+def turn(s: Scheduler) -> None:
+    """What the engine's thread does: take in what the transport has, step if there is work."""
+    s.poll()
+    if s.has_work:
+        step(s)
 
 
 ACTIONS = st.lists(
