@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 PEER_TIMEOUT_S = 10.0  # a peer that answers nothing for so long is lost
 IDLE_POLL_S = 1.0
 WAITING_POLL_S = 0.1  # requests wait here: heartbeats and time limits fall due
-HOLDING_POLL_S = 0.002  # notifications of finished reads wake no socket
-SERVING_POLL_S = 0.001  # somebody reads from here, and some transports need this side's help
+# Somebody reads from here: notifications of finished reads wake no socket, and some transports need this
+# side's help. A reader's heartbeat comes before either.
+SERVING_POLL_S = 0.001
 SERVING_S = 1.5  # after a heartbeat: a reader whose lease has ended reads on until it hears of it
 READING_POLL_S = 0.0002
 
@@ -171,8 +172,6 @@ class PullConnector:
             timeout_s = READING_POLL_S
         elif self._transport.notifies and (self._leases.being_read or self._heard_lately()):
             timeout_s = SERVING_POLL_S
-        elif self._transport.notifies and len(self._leases):
-            timeout_s = HOLDING_POLL_S
         else:
             timeout_s = self._until_next_event()
         poller = zmq.Poller()
