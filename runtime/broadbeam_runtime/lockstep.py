@@ -41,6 +41,12 @@ class Joined(msgspec.Struct, frozen=True, tag=True):
     """All ranks are there."""
 
 
+class Restarted(msgspec.Struct, frozen=True, tag=True):
+    """A rank of a formed group came back alone; the others hold nothing of it, so all have to start again."""
+
+    rank: int
+
+
 class Call(msgspec.Struct, frozen=True, tag=True):
     """Another rank wants a step."""
 
@@ -50,7 +56,7 @@ class Go(msgspec.Struct, frozen=True, tag=True):
 
 
 ToCoordinator = Join | Propose | Leave
-ToRank = Joined | Call | Go
+ToRank = Joined | Restarted | Call | Go
 
 
 class _Lines:
@@ -91,7 +97,7 @@ class Coordinator:
             raise GroupError(f"cannot listen for the group on {host}:{port}: {error.strerror}") from error
         self._members: dict[socket.socket, _Member] = {}
         self._expected = size  # shrinks when ranks leave on purpose, not when they die
-        self._called = False
+        self._formed = self._called = False
         self._thread = threading.Thread(target=self._run, name="sim-coordinator", daemon=True)
         self._thread.start()
 
@@ -126,7 +132,10 @@ class Coordinator:
         match message:
             case Join(rank):
                 member.rank = rank
-                if len({other.rank for other in self._members.values()} - {-1}) == self._size:
+                if self._formed:
+                    self._broadcast(Restarted(rank))
+                elif len({other.rank for other in self._members.values()} - {-1}) == self._size:
+                    self._formed = True
                     self._broadcast(Joined())
             case Propose(duration_ms):
                 member.proposed_ms = duration_ms
@@ -172,7 +181,7 @@ class Group:
         self._joined = False
         self._called = False
         self._go_ms: float | None = None
-        self._lost = False
+        self._lost: str | None = None  # why no step will ever end again
         self.on_call: Callable[[], None] = lambda: None  # wakes the engine thread of an idle rank
 
     def join(self, timeout_s: float) -> None:
@@ -188,9 +197,8 @@ class Group:
                 lambda: self._joined or self._lost, max(deadline - time.monotonic(), 0)
             )
             if not done or self._lost:
-                raise GroupError(
-                    f"rank {self._rank}: not all {self._size} ranks joined within {timeout_s:g} s"
-                )
+                late = f"not all {self._size} ranks joined within {timeout_s:g} s"
+                raise GroupError(f"rank {self._rank}: {self._lost or late}")
 
     def _connect(self, deadline: float) -> socket.socket:
         while True:
@@ -213,9 +221,7 @@ class Group:
                 for line in self._lines.receive():
                     self._handle(msgspec.json.decode(line, type=ToRank))
         except (EOFError, OSError):
-            with self._changed:
-                self._lost = True
-                self._changed.notify_all()
+            self._lose("the group's rank 0 is gone")
 
     def _handle(self, message: ToRank) -> None:
         with self._changed:
@@ -226,14 +232,23 @@ class Group:
                     self._called = True
                 case Go(duration_ms):
                     self._go_ms, self._called = duration_ms, False
+                case Restarted(rank):
+                    again = f"its group of {self._size} has to start again"
+                    self._lost = f"rank {rank} was restarted alone; {again}"
             self._changed.notify_all()
-        if isinstance(message, Call):
+        if isinstance(message, Call | Restarted):
             self.on_call()
+
+    def _lose(self, reason: str) -> None:
+        with self._changed:
+            self._lost = self._lost or reason
+            self._changed.notify_all()
+        self.on_call()
 
     @property
     def called(self) -> bool:
-        """Another rank wants a step that this rank has not joined yet."""
-        return self._called
+        """Another rank wants a step that this rank has not joined yet, or none will ever end."""
+        return self._called or self._lost is not None
 
     def step(self, duration_ms: float) -> float:
         """Join one step and return its common duration; GroupError after a stall."""
@@ -244,13 +259,12 @@ class Group:
         try:
             self._lines.send(Propose(duration_ms))
         except OSError:
-            self._lost = True
+            self._lost = self._lost or "the group's rank 0 is gone"
         with self._changed:
-            self._changed.wait_for(lambda: self._go_ms is not None, self._stall_s)
+            self._changed.wait_for(lambda: self._go_ms is not None or self._lost, self._stall_s)
             if self._go_ms is None:
-                raise GroupError(
-                    f"rank {self._rank}: a rank of the group did not join a step within {self._stall_s:g} s"
-                )
+                stalled = f"a rank of the group did not join a step within {self._stall_s:g} s"
+                raise GroupError(f"rank {self._rank}: {self._lost or stalled}")
             return self._go_ms
 
     def leave(self) -> None:

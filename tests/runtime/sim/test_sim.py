@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import threading
@@ -15,6 +16,9 @@ from broadbeam_runtime.sim_blocks import BlockPool, block_keys
 from broadbeam_runtime.sim_tokenizer import SimTokenizer
 
 StartPod = Callable[..., Any]
+GROUPS = (
+    (f"127.232.{os.getpid() % 250}.{n}", f"127.232.{os.getpid() % 250}.{n + 1}") for n in range(1, 250, 2)
+)
 ASK: dict[str, Any] = {
     "model": "demo",
     "prompt": "the wind and the sea " * 12,
@@ -125,6 +129,26 @@ def test_a_rank_that_hangs_stalls_the_group_until_it_is_noticed(start_pod: Start
         assert pod.process.wait(20) == 1
     finally:
         pod.stop(signal.SIGKILL)
+
+
+@pytest.mark.parametrize("lost", [0, 1], ids=["the coordinator", "another rank"])
+def test_a_pod_that_comes_back_alone_makes_an_idle_group_start_again(start_pod: StartPod, lost: int) -> None:
+    hosts = next(GROUPS)
+    group = {"data": 2, "nodes": 2, "ranks_per_node": 1, "coordinator": hosts[0]}
+    pods = [
+        start_pod(sim(parallel=group, kv_transfer=None), "--node-index", str(node), host=host)
+        for node, host in enumerate(hosts)
+    ]
+    for pod in pods:
+        pod.ready()
+    pods[lost].stop(signal.SIGKILL)
+    pods[lost].start()
+    assert pods[1 - lost].process.wait(60) == 1
+    words = "rank 0 is gone" if lost == 0 else "rank 1 was restarted alone; its group of 2 has to start again"
+    assert words in pods[1 - lost].log.read_text().splitlines()[-1]
+    if lost:
+        assert pods[lost].process.wait(60) == 1
+        assert words in pods[lost].log.read_text().splitlines()[-1]
 
 
 def _pid(pod: Any, rank: int) -> int:
