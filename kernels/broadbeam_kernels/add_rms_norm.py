@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import codes
-from .contracts import HALF_TYPES, check, check_shape, check_tensor, launches
+from .contracts import HALF_TYPES, check, check_rows, check_shape, check_tensor, launches
 from .formats import Fp8Block, Quantized, empty_fp8_scales
 from .reference import norm as oracle
 from .tuning import config
@@ -78,11 +78,13 @@ def add_rms_norm(
     check_tensor("weight", weight, 1, (*HALF_TYPES, torch.float32), like=x)
     check_shape("weight", weight, (columns,))
     check(0 < columns <= 16384, f"columns={columns} is not within 1..16384")
-    check(fmt is None or fmt.rows == 1, "fmt must have one scale per row (rows=1)")
+    check(epsilon >= 0, f"epsilon={epsilon}, expected at least 0")
+    if fmt is not None:
+        check(fmt.rows == 1, f"fmt has {fmt.rows}x128 scales, expected 1x128")
     if residual is not None:
         check_tensor("residual", residual, 2, (x.dtype,), like=x)
         check_shape("residual", residual, (rows, columns))
-        check(residual.stride(1) == 1, "residual is updated in place: its last dimension must be dense")
+        check_rows("residual", residual, residual.element_size())  # updated in place
     dtype = x.dtype if fmt is None else torch.float8_e4m3fn
     if not launches(x, dtype):
         return oracle.add_rms_norm(x, residual, weight, epsilon, fmt)
@@ -93,7 +95,7 @@ def add_rms_norm(
         _kernel[(rows,)](
             x,
             x if residual is None else residual,
-            weight,
+            weight.contiguous(),
             out,
             scales,
             columns,

@@ -54,10 +54,9 @@ def _is_power_of_two(n: int) -> bool:
 def concat_mla_k(k_nope: Tensor, k_rope: Tensor, out: Tensor | None = None) -> Tensor:
     """k_nope (tokens, heads, nope) | k_rope (tokens, 1, rope) -> (tokens, heads, nope + rope).
 
-    k_rope may also be (tokens, rope).
-
-    bf16, fp16, e4m3 or e5m2, all alike; nope and rope powers of two; inputs and `out` may be strided, their
-    last dimension dense. Source of the shape: FlashInfer `concat_mla.cuh` (128 heads, 128 + 64).
+    k_rope may also be (tokens, rope). bf16, fp16, e4m3 or e5m2, all alike; nope and rope powers of two;
+    inputs and `out` may be strided, their last dimension dense. Source of the shape: FlashInfer
+    `concat_mla.cuh` (128 heads, 128 + 64).
     """
     check_tensor("k_nope", k_nope, 3, (*HALF_TYPES, *FP8_TYPES))
     tokens, heads, nope = k_nope.shape
@@ -70,13 +69,13 @@ def concat_mla_k(k_nope: Tensor, k_rope: Tensor, out: Tensor | None = None) -> T
         out = torch.empty((tokens, heads, nope + rope), dtype=k_nope.dtype, device=k_nope.device)
     check_tensor("out", out, 3, (k_nope.dtype,), like=k_nope)
     check_shape("out", out, (tokens, heads, nope + rope))
-    if not launches(out):
-        return oracle.concat_mla_k(k_nope, k_rope, out)
     for name, x in (("k_nope", k_nope), ("k_rope", k_rope), ("out", out)):
         check(
             x.numel() == 0 or x.stride(-1) == 1,
             f"{name}'s last dimension has stride {x.stride(-1)}, expected 1",
         )
+    if not launches(out):
+        return oracle.concat_mla_k(k_nope, k_rope, out)
     if out.numel():
         tuned = config("concat_mla_k", out.device, tokens=tokens, bytes=out.element_size())
         _kernel[(tokens * triton.cdiv(heads, tuned["HEADS"]),)](

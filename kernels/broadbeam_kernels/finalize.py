@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contracts import HALF_TYPES, check, check_shape, check_tensor, launches
+from .contracts import HALF_TYPES, WIDEST, check, check_range, check_shape, check_tensor, launches
 from .reference import layout as oracle
 from .tuning import config
 
@@ -42,8 +42,9 @@ def _kernel(
 
 
 def finalize(y: Tensor, rows: Tensor, weights: Tensor, columns: int | None = None) -> Tensor:
-    """y (slots, padded) bf16 or fp16; rows int32 (tokens, k), -1 for none; weights float32 (tokens, k).
+    """y (slots, padded) bf16 or fp16; rows int32 (tokens, k), -1 for none; weights float32 (or y's kinds).
 
+    Returns (tokens, columns) in y's type, columns <= padded (all of them where not said).
     out[t] = sum over j of weights[t, j] * y[rows[t, j], :columns], summed in float32 in the order of j.
     """
     check_tensor("y", y, 2, HALF_TYPES)
@@ -52,6 +53,8 @@ def finalize(y: Tensor, rows: Tensor, weights: Tensor, columns: int | None = Non
     check_shape("weights", weights, tuple(rows.shape))
     columns = y.shape[1] if columns is None else columns
     check(0 <= columns <= y.shape[1], f"columns={columns} is not within y's {y.shape[1]}")
+    check(columns <= WIDEST // 16, f"columns={columns}, expected at most {WIDEST // 16}")
+    check_range("rows", rows, -1, y.shape[0] - 1)
     if not launches(y):
         return oracle.finalize(y, rows, weights, columns)
     tokens, topk = rows.shape

@@ -13,12 +13,20 @@ import torch
 from torch import Tensor
 
 from . import fp4_persistent, scaled_gemm
-from .contracts import check, check_shape, check_tensor
+from .contracts import (
+    block_rows,
+    check,
+    check_indices,
+    check_multiple,
+    check_quantized,
+    check_rows,
+    check_tensor,
+)
 from .formats import Fp8Block, Quantized
 from .fp4_weights import Fp4Weights
 from .fp8_block import dequantize_fp8_block
 from .packed_weights import PackedWeights
-from .paths import matrix_path
+from .paths import matrix_path, runs_kernels
 from .portable_gemm import Grouping
 from .reference import gemm as oracle
 from .tuning import config
@@ -59,14 +67,13 @@ def _launch(
 
 def _activations(x: Tensor | Quantized, w: Weights) -> Tensor:
     if isinstance(x, Quantized):
-        check(isinstance(x.format, Fp8Block), f"x is in {x.format}, expected bf16 or FP8 blocks")
+        check_quantized("x", x, Fp8Block)
         # One rounding to bf16 (2^-9) on values that carry e4m3's 2^-4.
         x = dequantize_fp8_block(x, torch.bfloat16)
     check_tensor("x", x, 2, (torch.bfloat16,), like=w.codes)
     check(x.shape[1] == w.shape[2], f"x has k={x.shape[1]}, the weights have k={w.shape[2]}")
-    aligned = x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
-    check(x.stride(1) == 1 and aligned, "x's rows must be dense and 16-byte aligned")
-    check(w.shape[1] % 8 == 0, f"n={w.shape[1]} is not a multiple of 8")
+    check_rows("x", x)
+    check_multiple("n", w.shape[1], 8)
     return x
 
 
@@ -78,9 +85,9 @@ def fp4_gemm(x: Tensor | Quantized, w: Weights) -> Tensor:
     check(w.shape[0] == 1, f"w holds {w.shape[0]} experts, expected 1 (see grouped_fp4_gemm)")
     x = _activations(x, w)
     out = torch.empty((x.shape[0], w.shape[1]), dtype=x.dtype, device=x.device)
-    if not x.is_cuda:
+    if not runs_kernels(x):
         return oracle.fp4_gemm(x, w, None, 0, out)
-    if x.shape[0]:
+    if out.numel():
         _launch(x, w, None, 0, out)
     return out
 
@@ -94,14 +101,11 @@ def grouped_fp4_gemm(x: Tensor | Quantized, w: Weights, experts: Tensor, sparse:
     use, a quarter of 132 multiprocessors gets all the work (2070 us where 589 are due, H100).
     """
     x = _activations(x, w)
-    check_tensor("experts", experts, 1, (torch.int32,), like=x)
-    rows = x.shape[0]
-    block = rows // max(experts.numel(), 1)
-    check_shape("x", x, (block * experts.numel(), w.shape[2]))
-    check(not rows or block in (16, 32, 64, 128, 256), f"blocks of {block} rows, expected 16 to 256")
-    out = torch.empty((rows, w.shape[1]), dtype=x.dtype, device=x.device)
-    if not x.is_cuda:
+    check_indices("experts", experts, x, None, -1, w.shape[0] - 1)
+    block = block_rows(x.shape[0], experts, (16, 32, 64, 128, 256))
+    out = torch.empty((x.shape[0], w.shape[1]), dtype=x.dtype, device=x.device)
+    if not runs_kernels(x):
         return oracle.fp4_gemm(x, w, experts, block, out)
-    if rows:
+    if out.numel():
         _launch(x, w, experts, block, out, sparse)
     return out

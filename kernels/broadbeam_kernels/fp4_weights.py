@@ -14,16 +14,17 @@ but for its last bit, 8 too high. No four rotations of one mask fill a word, so 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contracts import check
+from .contracts import check, check_multiple
 from .formats import Mxfp4, Nvfp4, Quantized, align
-from .packed_weights import PackedWeights, pack_weights
-from .paths import matrix_path
+from .packed_weights import PackedWeights, check_alike, pack_weights
+from .paths import matrix_path, runs_kernels
 from .reference import scaled_gemm as packed_oracle
 from .reference.quantize import unpack, unswizzle
 
@@ -80,19 +81,24 @@ def _e5m3(scales: Tensor) -> Tensor:
     return torch.where(scales.float() > 0, bits, torch.zeros_like(bits)).to(torch.uint8)
 
 
+def _positive(global_scale: Tensor) -> float:
+    g = float(global_scale.item())
+    check(0 < g < math.inf, f"weights have a global scale of {g}, expected a positive finite number")
+    return g
+
+
 def prepare_fp4_weights(weights: list[Quantized]) -> Fp4Weights | PackedWeights:
     """One quantised (n, k) matrix per expert -> what `fp4_gemm` and `grouped_fp4_gemm` read on their device.
 
     Tiles, or stacked as they are for a GPU that is not a Hopper. All in one format and shape; k a multiple of
     128. MXFP4 exponents above 2^10 do not fit the arithmetic of the tiles' kernel and are refused.
     """
-    check(len(weights) > 0, "no weights given")
-    if weights[0].values.is_cuda and matrix_path(weights[0].values.device) == "portable":
+    check_alike(weights)
+    if runs_kernels(weights[0].values) and matrix_path(weights[0].values.device) == "portable":
         return pack_weights(weights)
     fmt, (n, k) = weights[0].format, weights[0].shape
     assert isinstance(fmt, Nvfp4 | Mxfp4)
-    check(all(q.format == fmt and q.shape == (n, k) for q in weights), "weights differ in format or shape")
-    check(k % 128 == 0, f"k={k} is not a multiple of 128")
+    check_multiple("k", k, 128, least=128)
     padding = (0, 0, 0, align(n, 128) - n)
     words, tiles, alpha = [], [], []
     for q in weights:
@@ -103,9 +109,10 @@ def prepare_fp4_weights(weights: list[Quantized]) -> Fp4Weights | PackedWeights:
             zero = (scales.float() == 0).repeat_interleave(fmt.block, 1)
             codes = torch.where(zero, torch.zeros_like(codes), codes)
             scales = _e5m3(scales)
-            alpha.append(UNSCALE / float(q.global_scale.item()))
+            alpha.append(UNSCALE / _positive(q.global_scale))
         else:
-            check(int(scales.max().item()) <= 137 if scales.numel() else True, "an MXFP4 scale is above 2^10")
+            largest = int(scales.max().item()) if scales.numel() else 0
+            check(largest <= 137, f"weights hold an MXFP4 scale of 2^{largest - 127}, it is above 2^10")
             alpha.append(UNSCALE)
         words.append(_words(F.pad(codes, padding)))
         tiles.append(_scale_tiles(F.pad(scales, padding), 128 // fmt.block))

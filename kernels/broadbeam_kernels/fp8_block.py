@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import codes
-from .contracts import HALF_TYPES, check, check_tensor, launches
+from .contracts import HALF_TYPES, check_quantized, check_size, check_tensor, check_type, launches
 from .formats import FP8_BLOCK128, Fp8Block, Quantized, empty_fp8_scales
 from .reference import quantize as oracle
 from .tuning import config
@@ -168,6 +168,7 @@ def quantize_fp8_block(x: Tensor, fmt: Fp8Block = FP8_BLOCK128) -> Quantized:
     code = e4m3(x / scale). Sources: vLLM `fp8_utils.py` (1/448 as a factor), DeepGEMM `utils/math.py` (pow2).
     """
     check_tensor("x", x, 2, HALF_TYPES)
+    check_size(x.shape[0], x.shape[1], fmt.block)
     if not launches(x, torch.float8_e4m3fn):
         return oracle.quantize_fp8_block(x, fmt)
     return _quantize_tiles(x, fmt) if fmt.rows == 128 else quantize_rows(x, x.shape[1], fmt)
@@ -175,8 +176,9 @@ def quantize_fp8_block(x: Tensor, fmt: Fp8Block = FP8_BLOCK128) -> Quantized:
 
 def dequantize_fp8_block(q: Quantized, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """e4m3 with block scales -> (rows, columns) bf16 or fp16: x = code * scale."""
+    check_quantized("q", q, Fp8Block)
     assert isinstance(q.format, Fp8Block)
-    check(dtype in HALF_TYPES, f"dtype is {dtype}, expected one of {', '.join(map(str, HALF_TYPES))}")
+    check_type("dtype", dtype, HALF_TYPES)
     if not launches(q.values, torch.float8_e4m3fn):
         return oracle.dequantize_fp8_block(q, dtype)
     rows, columns = q.shape

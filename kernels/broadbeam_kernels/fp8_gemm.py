@@ -11,8 +11,20 @@ import torch
 from torch import Tensor
 
 from . import fp8_products
-from .contracts import check, check_shape, check_tensor
+from .contracts import (
+    block_rows,
+    check,
+    check_dense,
+    check_indices,
+    check_multiple,
+    check_quantized,
+    check_rows,
+    check_shape,
+    check_tensor,
+    check_type,
+)
 from .formats import Fp8Block, Quantized
+from .paths import runs_kernels
 from .reference import gemm as oracle
 
 E4M3 = (torch.float8_e4m3fn,)
@@ -20,12 +32,12 @@ OUT_TYPES = (torch.bfloat16, torch.float16)
 
 
 def _check_activations(a: Tensor, a_scales: Tensor) -> None:
-    check_tensor("a", a, 2, E4M3)
-    rows, k = a.shape
-    check(k % 128 == 0, f"k={k} is not a multiple of 128")
-    check_tensor("a_scales", a_scales, 2, (torch.float32,), like=a)
-    check_shape("a_scales", a_scales, (rows, k // 128))
-    check(a.stride(1) == 1 and a.stride(0) % 16 == 0, "a's rows must be dense and 16-byte aligned")
+    """a (..., k) and a_scales (..., k / 128): a matrix, or one of each expert."""
+    check_type("a", a.dtype, E4M3)
+    *outer, k = a.shape
+    check_multiple("k", k, 128, least=128)
+    check_tensor("a_scales", a_scales, a.dim(), (torch.float32,), like=a)
+    check_shape("a_scales", a_scales, (*outer, k // 128))
 
 
 def _check_weights(b: Tensor, b_scales: Tensor, a: Tensor) -> None:
@@ -34,16 +46,18 @@ def _check_weights(b: Tensor, b_scales: Tensor, a: Tensor) -> None:
     check_tensor("b_scales", b_scales, 3, (torch.float32,), like=a)
     experts, n, k = b.shape
     check(k == a.shape[-1], f"b has k={k}, a has k={a.shape[-1]}")
+    check_multiple("n", n, 8)
     check_shape("b_scales", b_scales, (experts, -(-n // 128), k // 128))
-    check(b.is_contiguous() and b_scales.is_contiguous(), "b and b_scales must be contiguous")
+    check_dense("b", b)
+    check_dense("b_scales", b_scales, 1)
 
 
-def _output(rows: int, n: int, a: Tensor, out: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _output(shape: tuple[int, ...], a: Tensor, out: Tensor | None, dtype: torch.dtype) -> Tensor:
     if out is None:
-        return torch.empty((rows, n), dtype=dtype, device=a.device)
-    check_tensor("out", out, 2, OUT_TYPES, like=a)
-    check_shape("out", out, (rows, n))
-    check(out.stride(1) == 1 and out.stride(0) % 8 == 0, "out's rows must be dense and 16-byte aligned")
+        check_type("dtype", dtype, OUT_TYPES)
+        return torch.empty(shape, dtype=dtype, device=a.device)
+    check_tensor("out", out, len(shape), OUT_TYPES, like=a)
+    check_shape("out", out, shape)
     return out
 
 
@@ -56,19 +70,18 @@ def fp8_gemm(
     values of k are summed by the tensor core and added in float32 after scaling, as DeepGEMM does.
     """
     for name, q, rows in (("a", a, 1), ("b", b, 128)):
-        fmt = q.format
-        check(isinstance(fmt, Fp8Block), f"{name} is in {fmt}, expected FP8 blocks")
-        assert isinstance(fmt, Fp8Block)
-        check(fmt.rows == rows, f"{name} has {fmt.rows}x128 scales, expected {rows}x128")
+        check_quantized(name, q, Fp8Block)
+        assert isinstance(q.format, Fp8Block)
+        check(q.format.rows == rows, f"{name} has {q.format.rows}x128 scales, expected {rows}x128")
     weights, weight_scales = b.values.unsqueeze(0), b.scales.unsqueeze(0)
     _check_activations(a.values, a.scales)
+    check_rows("a", a.values)
     _check_weights(weights, weight_scales, a.values)
-    rows, n = a.shape[0], b.shape[0]
-    check(n % 8 == 0, f"n={n} is not a multiple of 8")
-    out = _output(rows, n, a.values, out, dtype)
-    if not out.is_cuda:
+    out = _output((a.shape[0], b.shape[0]), a.values, out, dtype)
+    check_rows("out", out)
+    if not runs_kernels(out):
         return oracle.fp8_gemm(a.values, a.scales, weights, weight_scales, None, 0, out)
-    if not rows or not n:
+    if not out.numel():
         return out
     pow2 = all(isinstance(q.format, Fp8Block) and q.format.scale == "pow2" for q in (a, b))
     fp8_products.launch(a.values, b.values, out, a_scales=a.scales, b_scales=b.scales, pow2=pow2)
@@ -91,18 +104,17 @@ def grouped_fp8_gemm(
     (rows, k / 128) in either layout. Contract of DeepGEMM's `m_grouped_fp8_gemm_nt_contiguous`, with one
     index per block instead of per row.
     """
+    check_tensor("a", a, 2, E4M3)
     _check_activations(a, a_scales)
+    check_rows("a", a)
     _check_weights(b, b_scales, a)
-    rows, n = a.shape[0], b.shape[1]
-    check(n % 8 == 0, f"n={n} is not a multiple of 8")
-    check_tensor("experts", experts, 1, (torch.int32,), like=a)
-    block = rows // max(experts.numel(), 1)
-    check(rows == block * experts.numel(), f"{experts.numel()} blocks do not divide {rows} rows")
-    check(not rows or block in (128, 256), f"blocks of {block} rows, expected 128 or 256")
-    out = _output(rows, n, a, out, dtype)
-    if not out.is_cuda:
+    check_indices("experts", experts, a, None, -1, b.shape[0] - 1)
+    block = block_rows(a.shape[0], experts, (128, 256))
+    out = _output((a.shape[0], b.shape[1]), a, out, dtype)
+    check_rows("out", out)
+    if not runs_kernels(out):
         return oracle.fp8_gemm(a, a_scales, b, b_scales, experts, block, out)
-    if rows:
+    if out.numel() and b.numel():
         fp8_products.launch(
             a,
             b.flatten(0, 1),
@@ -127,36 +139,31 @@ def masked_fp8_gemm(
 ) -> Tensor:
     """Masked grouped GEMM: a (experts, slots, k), of which count[e] rows are in use -> (experts, slots, n).
 
-    slots a multiple of 128; a_scales float32 (experts, slots, k / 128) with expert stride
-    slots * k / 128, row-major or column-major inside an expert; output rows past an expert's count hold
-    anything. Contract of DeepGEMM's `m_grouped_fp8_gemm_nt_masked`.
+    slots a multiple of 128; a_scales float32 (experts, slots, k / 128) in any strides, column-major inside an
+    expert being the fastest; out contiguous, its rows past an expert's count hold anything. Contract of
+    DeepGEMM's `m_grouped_fp8_gemm_nt_masked`.
     """
     check_tensor("a", a, 3, E4M3)
-    experts, slots, k = a.shape
-    check(slots % 128 == 0, f"slots={slots} is not a multiple of 128")
-    check(k % 128 == 0, f"k={k} is not a multiple of 128")
-    check(a.is_contiguous(), "a must be contiguous")
-    check_tensor("a_scales", a_scales, 3, (torch.float32,), like=a)
-    check_shape("a_scales", a_scales, (experts, slots, k // 128))
+    experts, slots, _ = a.shape
+    check_multiple("slots", slots, 128)
+    _check_activations(a, a_scales)
+    check_dense("a", a)
     _check_weights(b, b_scales, a)
     check(b.shape[0] == experts, f"b has {b.shape[0]} experts, a has {experts}")
-    check_tensor("count", count, 1, (torch.int32,), like=a)
-    check_shape("count", count, (experts,))
-    n = b.shape[1]
-    check(n % 8 == 0, f"n={n} is not a multiple of 8")
-    flat = None if out is None else out.flatten(0, 1)
-    result = _output(experts * slots, n, a, flat, dtype)
-    if not result.is_cuda:
-        return oracle.masked_fp8_gemm(a, a_scales, b, b_scales, count, result)
-    if experts and slots:
+    check_indices("count", count, a, (experts,), 0, slots)
+    out = _output((experts, slots, b.shape[1]), a, out, dtype)
+    check_dense("out", out)
+    if not runs_kernels(out):
+        return oracle.masked_fp8_gemm(a, a_scales, b, b_scales, count, out)
+    if out.numel():
         fp8_products.launch(
             a.flatten(0, 1),
             b.flatten(0, 1),
-            result,
+            out.flatten(0, 1),
             a_scales=a_scales,
             b_scales=b_scales,
             grouping="masked",
             groups=count,
             slots=slots,
         )
-    return result.view(experts, slots, n)
+    return out

@@ -6,8 +6,18 @@ import torch
 from torch import Tensor
 
 from . import persistent_gemm, portable_gemm
-from .contracts import HALF_TYPES, check, check_shape, check_tensor
-from .paths import matrix_path
+from .contracts import (
+    HALF_TYPES,
+    block_rows,
+    check,
+    check_dense,
+    check_indices,
+    check_multiple,
+    check_rows,
+    check_shape,
+    check_tensor,
+)
+from .paths import matrix_path, runs_kernels
 from .reference import gemm as oracle
 from .tuning import config
 
@@ -23,22 +33,24 @@ def grouped_gemm(a: Tensor, b: Tensor, experts: Tensor, out: Tensor | None = Non
     check_tensor("b", b, 3, (a.dtype,), like=a)
     n = b.shape[1]
     check(b.shape[2] == k, f"b has k={b.shape[2]}, a has k={k}")
-    check(k % 8 == 0 and n % 8 == 0, f"k={k}, n={n}: multiples of 8 only")
-    check(b.is_contiguous(), "b must be contiguous")
-    check(a.stride(1) == 1 and a.stride(0) % 8 == 0, "a's rows must be dense and 16-byte aligned")
-    check_tensor("experts", experts, 1, (torch.int32,), like=a)
-    block = rows // max(experts.numel(), 1)
-    check(rows == block * experts.numel(), f"{experts.numel()} blocks do not divide {rows} rows")
-    check(not rows or block in (128, 256), f"blocks of {block} rows, expected 128 or 256")
+    check_multiple("k", k, 8, least=8)
+    check_multiple("n", n, 8)
+    check_rows("a", a)
+    check_dense("b", b)
+    check_indices("experts", experts, a, None, -1, b.shape[0] - 1)
+    block = block_rows(rows, experts, (128, 256))
     if out is None:
         out = torch.empty((rows, n), dtype=a.dtype, device=a.device)
     check_tensor("out", out, 2, (a.dtype,), like=a)
     check_shape("out", out, (rows, n))
-    if not out.is_cuda:
+    check_rows("out", out)
+    if not runs_kernels(out):
         return oracle.grouped_gemm(a, b, experts, block, out)
-    if rows and matrix_path(out.device) == "portable":
+    if not out.numel() or not b.numel():
+        return out
+    if matrix_path(out.device) == "portable":
         portable_gemm.launch(a, b.flatten(0, 1), out, grouping="contiguous", groups=experts, block_rows=block)
-    elif rows:
+    else:
         tile = config("grouped_gemm", out.device, rows=rows, n=n, k=k, block=block)
         persistent_gemm.launch(
             a, b.flatten(0, 1), out, grouping="contiguous", groups=experts, block_rows=block, tile=tile

@@ -16,10 +16,18 @@ import triton.language as tl
 from torch import Tensor
 
 from . import persistent_gemm, portable_gemm, scaled_gemm
-from .contracts import HALF_TYPES, check, check_shape, check_tensor
+from .contracts import (
+    HALF_TYPES,
+    check,
+    check_dense,
+    check_indices,
+    check_multiple,
+    check_shape,
+    check_tensor,
+)
 from .fp4_gemm import Weights, grouped_fp4_gemm
 from .packed_weights import PackedWeights
-from .paths import matrix_path
+from .paths import matrix_path, runs_kernels
 from .reference import masked_gemm as oracle
 from .tuning import config
 
@@ -40,9 +48,10 @@ def used_blocks(count: Tensor, slots: int, block: int) -> Tensor:
 
     count int32 (experts,), never read by the host; block divides slots. One launch.
     """
-    check_tensor("count", count, 1, (torch.int32,))
-    check(slots % block == 0, f"blocks of {block} do not divide {slots} slots")
-    if not count.is_cuda:
+    check(block > 0, f"block={block}, expected at least 1")
+    check(slots >= 0 and slots % block == 0, f"blocks of {block} do not divide {slots} slots")
+    check_indices("count", count, count, None, 0, 2**31 - 1)
+    if not runs_kernels(count):
         return oracle.used_blocks(count, slots, block)
     total = count.numel() * (slots // block)
     table = torch.empty(total, dtype=torch.int32, device=count.device)
@@ -61,20 +70,21 @@ def masked_gemm(a: Tensor, b: Tensor, count: Tensor, out: Tensor | None = None) 
     """
     check_tensor("a", a, 3, HALF_TYPES)
     experts, slots, k = a.shape
-    check(slots % 128 == 0, f"slots={slots} is not a multiple of 128")
+    check_multiple("slots", slots, 128)
     check_tensor("b", b, 3, (a.dtype,), like=a)
     n = b.shape[1]
     check_shape("b", b, (experts, n, k))
-    check(k % 8 == 0 and n % 8 == 0, f"k={k}, n={n}: multiples of 8 only")
-    check(a.is_contiguous() and b.is_contiguous(), "a and b must be contiguous")
-    check_tensor("count", count, 1, (torch.int32,), like=a)
-    check_shape("count", count, (experts,))
+    check_multiple("k", k, 8, least=8)
+    check_multiple("n", n, 8)
+    check_dense("a", a)
+    check_dense("b", b)
+    check_indices("count", count, a, (experts,), 0, slots)
     if out is None:
         out = torch.empty((experts, slots, n), dtype=a.dtype, device=a.device)
     check_tensor("out", out, 3, (a.dtype,), like=a)
     check_shape("out", out, (experts, slots, n))
-    check(out.is_contiguous(), "out must be contiguous")
-    if not out.is_cuda:
+    check_dense("out", out)
+    if not runs_kernels(out):
         return oracle.masked_gemm(a, b, count, out)
     if out.numel() == 0:
         return out
@@ -94,7 +104,6 @@ def _block(slots: int, expected_rows: int | None) -> int:
     alone take 109 (32 experts, 7168x2048, H100).
     """
     fitting = [block for block in BLOCKS if slots % block == 0]
-    check(bool(fitting), f"slots={slots} is not a multiple of {BLOCKS[0]}")
     wanted = max(64 if expected_rows is None else expected_rows, min(slots // 16, 64))
     return next((block for block in fitting if block >= wanted), fitting[-1])
 
@@ -108,12 +117,12 @@ def masked_fp4_gemm(x: Tensor, w: Weights, count: Tensor, expected_rows: int | N
     """
     check_tensor("x", x, 3, (torch.bfloat16,), like=w.codes)
     experts, slots, _ = x.shape
-    check(x.is_contiguous(), "x must be contiguous")
+    check_dense("x", x)
     check(x.shape[2] == w.shape[2], f"x has k={x.shape[2]}, the weights have k={w.shape[2]}")
     check(experts == w.shape[0], f"w holds {w.shape[0]} experts, x has {experts}")
-    check_tensor("count", count, 1, (torch.int32,), like=x)
-    check_shape("count", count, (experts,))
-    if x.is_cuda and isinstance(w, PackedWeights):
+    check_indices("count", count, x, (experts,), 0, slots)
+    check_multiple("slots", slots, BLOCKS[0])
+    if isinstance(w, PackedWeights) and runs_kernels(x):
         out = torch.empty((experts * slots, w.shape[1]), dtype=x.dtype, device=x.device)
         if out.numel():
             scaled_gemm.launch(x.flatten(0, 1), w, out, grouping="masked", groups=count, slots=slots)

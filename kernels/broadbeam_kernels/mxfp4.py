@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .contracts import HALF_TYPES, check, check_tensor, launches
+from .contracts import (
+    HALF_TYPES,
+    check_multiple,
+    check_quantized,
+    check_size,
+    check_tensor,
+    check_type,
+    launches,
+)
 from .formats import MXFP4, Mxfp4, Quantized
 from .fp4_block import dequantize_blocks, quantize_blocks
 from .reference import quantize as oracle
@@ -19,7 +27,8 @@ def quantize_mxfp4(x: Tensor, fmt: Mxfp4 = MXFP4) -> Quantized:
     """
     check_tensor("x", x, 2, HALF_TYPES)
     columns = x.shape[1]
-    check(columns % fmt.block == 0, f"columns={columns} is not a multiple of {fmt.block}")
+    check_multiple("columns", columns, fmt.block)
+    check_size(x.shape[0], columns, fmt.block)
     if not launches(x):
         return oracle.quantize_mxfp4(x, fmt)
     return quantize_blocks(x, columns, fmt)
@@ -27,8 +36,8 @@ def quantize_mxfp4(x: Tensor, fmt: Mxfp4 = MXFP4) -> Quantized:
 
 def dequantize_mxfp4(q: Quantized, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """MXFP4 -> (rows, columns) bf16 or fp16: x = code * 2^(b - 127), exact in float32."""
-    assert isinstance(q.format, Mxfp4)
-    check(dtype in HALF_TYPES, f"dtype is {dtype}, expected one of {', '.join(map(str, HALF_TYPES))}")
+    check_quantized("q", q, Mxfp4)
+    check_type("dtype", dtype, HALF_TYPES)
     if not launches(q.values):
         return oracle.dequantize_mxfp4(q, dtype)
     return dequantize_blocks(q, dtype)

@@ -16,7 +16,17 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from . import codes
-from .contracts import HALF_TYPES, check, check_tensor, launches, paired
+from .contracts import (
+    HALF_TYPES,
+    check_global_scale,
+    check_multiple,
+    check_quantized,
+    check_size,
+    check_tensor,
+    check_type,
+    launches,
+    paired,
+)
 from .formats import NVFP4, NVFP4_RANGE, Nvfp4, Quantized
 from .fp4_block import dequantize_blocks, quantize_blocks
 from .reference import quantize as oracle
@@ -95,9 +105,10 @@ def quantize_nvfp4(x: Tensor, fmt: Nvfp4 = NVFP4, global_scale: Tensor | None = 
     """
     check_tensor("x", x, 2, HALF_TYPES)
     columns = x.shape[1]
-    check(columns % fmt.block == 0, f"columns={columns} is not a multiple of {fmt.block}")
+    check_multiple("columns", columns, fmt.block)
+    check_size(x.shape[0], columns, fmt.block)
     if global_scale is not None:
-        check(global_scale.numel() == 1, f"global_scale has {global_scale.numel()} elements, expected 1")
+        check_global_scale("global_scale", global_scale, x)
     if not launches(x, torch.float8_e4m3fn):
         return oracle.quantize_nvfp4(x, fmt, global_scale)
     if global_scale is not None:
@@ -110,9 +121,8 @@ def quantize_nvfp4(x: Tensor, fmt: Nvfp4 = NVFP4, global_scale: Tensor | None = 
 
 def dequantize_nvfp4(q: Quantized, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """NVFP4 -> (rows, columns) bf16 or fp16: x = code * (scale / g), rounded to float32, then to `dtype`."""
-    assert isinstance(q.format, Nvfp4)
-    check(q.global_scale is not None, "an NVFP4 tensor needs its global scale")
-    check(dtype in HALF_TYPES, f"dtype is {dtype}, expected one of {', '.join(map(str, HALF_TYPES))}")
+    check_quantized("q", q, Nvfp4)
+    check_type("dtype", dtype, HALF_TYPES)
     if not launches(q.values, torch.float8_e4m3fn):
         return oracle.dequantize_nvfp4(q, dtype)
     return dequantize_blocks(q, dtype)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .contracts import check
+from .contracts import check, check_device, check_quantized
 from .formats import Mxfp4, Nvfp4, Quantized
 
 
@@ -31,18 +31,27 @@ class PackedWeights:
         return self.codes.nbytes + self.scales.nbytes
 
 
+def check_alike(weights: list[Quantized]) -> None:
+    """At least one matrix, all in one FP4 format and shape, on one device."""
+    check(len(weights) > 0, "no weights given, expected one for each expert")
+    first = weights[0]
+    for i, q in enumerate(weights):
+        check_quantized(f"weights[{i}]", q, Nvfp4, Mxfp4)
+        check(
+            q.format == first.format and q.shape == first.shape,
+            f"weights differ in format or shape: weights[{i}] is {q.format} of {q.shape}, "
+            f"weights[0] {first.format} of {first.shape}",
+        )
+        check_device(f"weights[{i}]", q.values, first.values)
+
+
 def pack_weights(weights: list[Quantized]) -> PackedWeights:
     """One quantised (n, k) matrix per expert, all in one FP4 format and shape -> stacked, nothing re-laid."""
-    check(len(weights) > 0, "no weights given")
+    check_alike(weights)
     fmt, (n, k) = weights[0].format, weights[0].shape
-    check(isinstance(fmt, Nvfp4 | Mxfp4), f"weights are in {fmt}, expected NVFP4 or MXFP4")
     assert isinstance(fmt, Nvfp4 | Mxfp4)
-    check(all(q.format == fmt and q.shape == (n, k) for q in weights), "weights differ in format or shape")
     scales = torch.stack([q.scales.view(torch.uint8).flatten() for q in weights])
-    largest = [q.global_scale for q in weights if q.global_scale is not None]
-    check(
-        len(largest) == (len(weights) if isinstance(fmt, Nvfp4) else 0), "a global scale is missing or spare"
-    )
+    largest = [q.global_scale for q in weights if q.global_scale is not None and isinstance(fmt, Nvfp4)]
     global_scales = torch.cat([g.float().reshape(1) for g in largest]) if largest else None
     codes = torch.stack([q.values for q in weights])
     return PackedWeights(codes, scales, global_scales, fmt, (len(weights), n, k))
@@ -50,8 +59,8 @@ def pack_weights(weights: list[Quantized]) -> PackedWeights:
 
 def one_matrix(q: Quantized) -> PackedWeights:
     """A single quantised matrix as the weights of one expert, sharing its storage where it is dense."""
+    check_quantized("b", q, Nvfp4, Mxfp4)
     fmt = q.format
-    check(isinstance(fmt, Nvfp4 | Mxfp4), f"b is in {fmt}, expected NVFP4 or MXFP4")
     assert isinstance(fmt, Nvfp4 | Mxfp4)
     scales = q.scales.contiguous().view(torch.uint8).reshape(1, -1)
     global_scales = None if q.global_scale is None else q.global_scale.float().reshape(1)

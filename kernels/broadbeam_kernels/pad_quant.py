@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .contracts import HALF_TYPES, check, check_tensor, launches
+from .contracts import HALF_TYPES, check, check_multiple, check_size, check_tensor, launches
 from .formats import FP8_BLOCK128, Fp8Block, Mxfp4, Quantized
 from .fp4_block import quantize_blocks
 from .fp8_block import quantize_rows
@@ -25,11 +25,13 @@ def pad_quant(x: Tensor, columns: int, fmt: Fp8Block | Mxfp4 = FP8_BLOCK128) -> 
     check_tensor("x", x, 2, HALF_TYPES)
     n = x.shape[1]
     check(columns >= n, f"columns={columns} is less than x's {n}")
-    check(columns % 128 == 0, f"columns={columns} is not a multiple of 128")
+    check_multiple("columns", columns, 128)
+    check_size(x.shape[0], columns, fmt.block)
     if isinstance(fmt, Fp8Block):
-        check(fmt.rows == 1, "fmt must have one scale per row (rows=1)")
+        check(fmt.rows == 1, f"fmt has {fmt.rows}x128 scales, expected 1x128")
     else:
-        check(fmt.scales == "linear", "fmt must have linear scales")
+        check(isinstance(fmt, Mxfp4), f"fmt is {fmt}, expected FP8 1x128 or MXFP4")
+        check(fmt.scales == "linear", f"fmt has {fmt.scales} scales, expected linear ones")
         check(n % 2 == 0, f"x has {n} columns: MXFP4 needs an even number")
     if not launches(x, *((torch.float8_e4m3fn,) if isinstance(fmt, Fp8Block) else ())):
         return oracle.pad_quant(x, columns, fmt)

@@ -16,6 +16,7 @@ from functools import cache
 from typing import Literal
 
 import torch
+from torch import Tensor
 from triton.runtime import driver
 
 MatrixPath = Literal["hopper", "portable"]
@@ -46,6 +47,19 @@ def _index(device: torch.device) -> int:
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may use on a CUDA device."""
     return _shared_memory(_index(device))
+
+
+def runs_kernels(x: Tensor) -> bool:
+    """Whether `x` lies where our kernels run: on an NVIDIA GPU, which then must be the current device.
+
+    torch calls AMD's GPUs `cuda`, too: there the references run.
+    """
+    if not x.is_cuda or torch.version.hip is not None:
+        return False
+    current = torch.cuda.current_device()  # whose stream a launch joins, wherever its operands lie
+    if x.device.index not in (None, current):
+        raise ValueError(f"operands are on {x.device}, the current device is cuda:{current}")
+    return True
 
 
 def matrix_path(device: torch.device) -> MatrixPath:

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import codes
-from .contracts import HALF_TYPES, check, check_shape, check_tensor, launches, paired
+from .contracts import HALF_TYPES, check, check_range, check_shape, check_tensor, launches, paired
 from .reference import rope as oracle
 from .tuning import config
 
@@ -178,14 +178,20 @@ class LatentCache:
     multiplier: float = 1.0
 
 
+def _check_power_of_two(name: str, n: int) -> None:
+    check(n >= 2 and n & (n - 1) == 0, f"{name}={n} is not a power of two")
+
+
 def _check_cache(kv: LatentCache, tokens: int, rope: int, q: Tensor) -> None:
     check_tensor("kv_c", kv.kv_c, 2, (q.dtype,), like=q)
     check(kv.kv_c.shape[0] == tokens, f"kv_c has {kv.kv_c.shape[0]} rows, expected {tokens}")
     check_tensor("cache", kv.cache, 2, CACHE_TYPES, like=q)
     check_shape("cache", kv.cache, (kv.cache.shape[0], kv.kv_c.shape[1] + rope))
-    check(kv.cache.stride(1) == 1, "cache rows must be dense")
+    check(kv.cache.stride(1) == 1, f"cache's last dimension has stride {kv.cache.stride(1)}, expected 1")
+    _check_power_of_two("latent", kv.kv_c.shape[1])
     check_tensor("slots", kv.slots, 1, (torch.int32, torch.int64), like=q)
     check_shape("slots", kv.slots, (tokens,))
+    check_range("slots", kv.slots, -1, kv.cache.shape[0] - 1)
 
 
 def rope_quantize(
@@ -220,8 +226,9 @@ def rope_quantize(
     check(rotary.cos_sin.shape[1] == rope, f"cos_sin has {rotary.cos_sin.shape[1]} columns, expected {rope}")
     check_tensor("positions", rotary.positions, 1, (torch.int32, torch.int64), like=q_nope)
     check_shape("positions", rotary.positions, (tokens,))
-    for name, n in (("nope", nope), ("rope", rope)):
-        check(n >= 2 and n & (n - 1) == 0, f"{name}={n} is not a power of two")
+    check_range("positions", rotary.positions, 0, rotary.cos_sin.shape[0] - 1)
+    _check_power_of_two("nope", nope)
+    _check_power_of_two("rope", rope)
     if kv is not None:
         _check_cache(kv, tokens, rope, q_nope)
     if out is None:
@@ -232,10 +239,10 @@ def rope_quantize(
     if k_rope_out is not None:
         check_tensor("k_rope_out", k_rope_out, 2, HALF_TYPES, like=q_nope)
         check_shape("k_rope_out", k_rope_out, (tokens, rope))
-        check(k_rope_out.is_contiguous(), "k_rope_out must be contiguous")
+        check(k_rope_out.is_contiguous(), f"k_rope_out has strides {k_rope_out.stride()}: not contiguous")
     if not launches(q_nope, out.dtype, *(() if kv is None else (kv.cache.dtype,))):
         return oracle.rope_quantize(q_nope, q_rope, k_rope, rotary, kv, out, q_multiplier, k_rope_out)
-    if tokens and heads:
+    if tokens:
         _launch(q_nope, q_rope, k_rope, rotary, kv, out, q_multiplier, k_rope_out)
     return out
 
@@ -257,15 +264,17 @@ def _launch(
     latent = kv.kv_c if kv is not None else q_nope
     latent = latent if latent.stride(-1) == 1 else latent.contiguous()
     tuned = config("rope_quantize", out.device, tokens=tokens, nope=nope)
-    side_rows = int(kv is not None or k_rope_out is not None)
-    _kernel[((triton.cdiv(heads, tuned["HEADS"]) + side_rows) * tokens,)](
+    programs = triton.cdiv(heads, tuned["HEADS"]) + int(kv is not None or k_rope_out is not None)
+    if not programs:
+        return
+    _kernel[(programs * tokens,)](
         q_nope,
         q_rope,
         latent,
         k_rope,
         rotary.cos_sin.contiguous(),
-        rotary.positions,
-        kv.slots if kv is not None else rotary.positions,
+        rotary.positions.contiguous(),
+        kv.slots.contiguous() if kv is not None else rotary.positions,
         out,
         kv.cache if kv is not None else out,
         k_rope_out if k_rope_out is not None else k_rope,

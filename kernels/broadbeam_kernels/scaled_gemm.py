@@ -19,7 +19,20 @@ import triton.language as tl
 from torch import Tensor
 
 from . import codes, paths
-from .contracts import check, check_shape, check_tensor
+from .contracts import (
+    MOST_BLOCKS,
+    block_rows,
+    check,
+    check_dense,
+    check_device,
+    check_indices,
+    check_multiple,
+    check_quantized,
+    check_rows,
+    check_shape,
+    check_tensor,
+    check_type,
+)
 from .formats import Fp8Block, Mxfp4, Nvfp4, Quantized, swizzled_size
 from .packed_weights import PackedWeights, one_matrix
 from .portable_gemm import Grouping, depth, e4m3_as_half, locate, tile_count
@@ -269,35 +282,39 @@ def launch(
 
 
 def _check_activations(a: Quantized, b: PackedWeights) -> None:
-    fmt, (rows, k) = a.format, a.shape
+    fmt, k = a.format, a.shape[1]
     if isinstance(fmt, Fp8Block):
         check(fmt.rows == 1, f"a has {fmt.rows}x128 scales, expected 1x128")
         check(isinstance(b.format, Mxfp4), f"FP8 activations take MXFP4 weights, b is in {b.format}")
-        check(k % 128 == 0, f"k={k} is not a multiple of 128")
-        check_tensor("a", a.values, 2, (torch.float8_e4m3fn,), like=b.codes)
-        check_shape("a's scales", a.scales, (rows, k // 128))
+        check_multiple("k", k, 128)
     else:
         check(type(fmt) is type(b.format), f"a is in {fmt}, b in {b.format}: one FP4 format for both")
-        check_tensor("a", a.values, 2, (torch.uint8,), like=b.codes)
-        size = swizzled_size(rows, k // fmt.block) if fmt.scales == "swizzled" else rows * (k // fmt.block)
-        check(a.scales.numel() == size, f"a has {a.scales.numel()} scales, expected {size}")
-        check(a.scales.is_contiguous(), "a's scales must be contiguous")
-        lacking = isinstance(fmt, Nvfp4) and a.global_scale is None
-        check(not lacking, "an NVFP4 tensor needs its global scale")
+        check_dense("a_scales", a.scales, 1)
+        check(a.scales.numel() <= MOST_BLOCKS, f"a has {a.scales.numel()} scales, at most {MOST_BLOCKS}")
+    check_quantized("a", a, Fp8Block, Nvfp4, Mxfp4)
+    check_device("a", a.values, b.codes)
     check(k == b.shape[2], f"a has k={k}, b has k={b.shape[2]}")
-    dense = a.values.stride(1) == 1 and a.values.stride(0) % 8 == 0
-    check(dense, "a's rows must be dense and 8-byte aligned")
+    check_rows("a", a.values, 8)
 
 
 def _check_weights(b: PackedWeights) -> None:
     experts, n, k = b.shape
-    check_shape("b's codes", b.codes, (experts, n, k // 2))
+    check_multiple("k", k, b.format.block, least=b.format.block)
     blocks = k // b.format.block
     size = swizzled_size(n, blocks) if b.format.scales == "swizzled" else n * blocks
-    check_shape("b's scales", b.scales, (experts, size))
-    check(b.codes.is_contiguous() and b.scales.is_contiguous(), "b's codes and scales must be contiguous")
-    lacking = isinstance(b.format, Nvfp4) and b.global_scales is None
-    check(not lacking, "an NVFP4 tensor needs its global scale")
+    check(size <= MOST_BLOCKS, f"b has {size} scales an expert, at most {MOST_BLOCKS}")
+    for name, x, shape in (
+        ("b's codes", b.codes, (experts, n, k // 2)),
+        ("b's scales", b.scales, (experts, size)),
+    ):
+        check_tensor(name, x, len(shape), (torch.uint8,), like=b.codes)
+        check_shape(name, x, shape)
+        check_dense(name, x, 1)
+    if isinstance(b.format, Nvfp4):
+        check(b.global_scales is not None, "b is in NVFP4 and needs its global scales")
+        assert b.global_scales is not None
+        check_tensor("b's global scales", b.global_scales, 1, (torch.float32,), like=b.codes)
+        check_shape("b's global scales", b.global_scales, (experts,))
 
 
 def _output(a: Quantized, b: PackedWeights, out: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -305,11 +322,11 @@ def _output(a: Quantized, b: PackedWeights, out: Tensor | None, dtype: torch.dty
     _check_activations(a, b)
     shape = (a.shape[0], b.shape[1])
     if out is None:
-        check(dtype in OUT_TYPES, f"dtype is {dtype}, expected one of {', '.join(map(str, OUT_TYPES))}")
+        check_type("dtype", dtype, OUT_TYPES)
         return torch.empty(shape, dtype=dtype, device=a.values.device)
     check_tensor("out", out, 2, OUT_TYPES, like=a.values)
     check_shape("out", out, shape)
-    check(out.stride(1) == 1, "out's rows must be dense")
+    check_rows("out", out, out.element_size())
     return out
 
 
@@ -324,7 +341,7 @@ def scaled_gemm(
     """
     weights = one_matrix(b)
     out = _output(a, weights, out, dtype)
-    if not out.is_cuda:
+    if not paths.runs_kernels(out):
         return oracle.scaled_gemm(a, weights, out)
     if out.numel():
         launch(a, weights, out)
@@ -344,12 +361,9 @@ def grouped_scaled_gemm(
     128 or 256 rows. One global scale for all rows of a, one per expert for b.
     """
     out = _output(a, b, out, dtype)
-    check_tensor("experts", experts, 1, (torch.int32,), like=a.values)
-    rows = a.shape[0]
-    block = rows // max(experts.numel(), 1)
-    check(rows == block * experts.numel(), f"{experts.numel()} blocks do not divide {rows} rows")
-    check(not rows or block in (16, 32, 64, 128, 256), f"blocks of {block} rows, expected 16 to 256")
-    if not out.is_cuda:
+    check_indices("experts", experts, a.values, None, -1, b.shape[0] - 1)
+    block = block_rows(a.shape[0], experts, (16, 32, 64, 128, 256))
+    if not paths.runs_kernels(out):
         return oracle.grouped_scaled_gemm(a, b, experts, block, out)
     if out.numel():
         launch(a, b, out, grouping="contiguous", groups=experts, block_rows=block)
@@ -369,16 +383,15 @@ def masked_scaled_gemm(
     slots a multiple of 128 where a's scales are swizzled; formats as `scaled_gemm`.
     """
     out = _output(a, b, out, dtype)
-    check_tensor("count", count, 1, (torch.int32,), like=a.values)
     experts, rows = b.shape[0], a.shape[0]
-    check_shape("count", count, (experts,))
     slots = rows // max(experts, 1)
+    check_indices("count", count, a.values, (experts,), 0, slots)
     check(rows == slots * experts, f"{experts} experts do not divide {rows} rows")
     swizzled = not isinstance(a.format, Fp8Block) and a.format.scales == "swizzled"
     check(
         not swizzled or slots % 128 == 0, f"slots={slots} is not a multiple of 128, a's scales are swizzled"
     )
-    if not out.is_cuda:
+    if not paths.runs_kernels(out):
         return oracle.masked_scaled_gemm(a, b, count, out)
     if out.numel():
         launch(a, b, out, grouping="masked", groups=count, slots=slots)

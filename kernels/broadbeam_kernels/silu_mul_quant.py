@@ -15,10 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import codes
-from .contracts import HALF_TYPES, check, check_shape, check_tensor, launches
+from .contracts import HALF_TYPES, check, check_indices, check_multiple, check_size, check_tensor, launches
 from .formats import FP8_BLOCK128, Fp8Block, Quantized, empty_fp8_scales
 from .reference import silu_mul_quant as oracle
 from .tuning import config
+
+MOST_EXPERTS = 65535  # programs of a grid's third dimension
 
 
 @triton.jit
@@ -92,8 +94,9 @@ def _launch(y: Tensor, count: Tensor | None, values: Tensor, scales: Tensor, fmt
 
 def _check(y: Tensor, dims: int, fmt: Fp8Block) -> Tensor:
     check_tensor("y", y, dims, HALF_TYPES)
-    check(fmt.rows == 1, "fmt must have one scale per row (rows=1)")
-    check(y.shape[-1] % 256 == 0, f"y's last dimension {y.shape[-1]} is not a multiple of 256 (gate | up)")
+    check(fmt.rows == 1, f"fmt has {fmt.rows}x128 scales, expected 1x128")
+    check_multiple("y's last dimension (gate | up)", y.shape[-1], 256)
+    check_size(y.shape[:-1].numel(), y.shape[-1], 256)
     return y if y.stride(-1) == 1 else y.contiguous()
 
 
@@ -116,15 +119,16 @@ def silu_mul_quant(y: Tensor, fmt: Fp8Block = FP8_BLOCK128) -> Quantized:
 def silu_mul_quant_masked(y: Tensor, count: Tensor, fmt: Fp8Block = FP8_BLOCK128) -> tuple[Tensor, Tensor]:
     """y (experts, slots, 2 * hidden), count int32 (experts,) -> e4m3 (experts, slots, hidden) and its scales.
 
-    Only rows below an expert's count are written. Scales are (experts, slots, hidden / 128), with strides
-    (slots * groups, 1, slots): column-major inside an expert, as the masked grouped GEMM reads them.
+    Only rows below an expert's count (at most `slots`) are written. Scales are (experts, slots,
+    hidden / 128), with strides (slots * groups, 1, slots): column-major inside an expert, as the masked
+    grouped GEMM reads them. fmt.layout is not asked: this form has one.
     Layout: vLLM `persistent_masked_m_silu_mul_quant`; arithmetic: float32 throughout (vLLM's CUDA kernel
     keeps 8 bits of the scale's mantissa).
     """
     y = _check(y, 3, fmt)
     experts, slots, doubled = y.shape
-    check_tensor("count", count, 1, (torch.int32,), like=y)
-    check_shape("count", count, (experts,))
+    check(experts <= MOST_EXPERTS, f"y has {experts} experts, at most {MOST_EXPERTS}")
+    check_indices("count", count, y, (experts,), 0, slots)
     hidden = doubled // 2
     values = torch.empty((experts, slots, hidden), dtype=torch.float8_e4m3fn, device=y.device)
     dtype = torch.uint8 if fmt.scale == "ue8m0" else torch.float32

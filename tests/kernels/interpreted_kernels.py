@@ -149,6 +149,15 @@ def test_strided_rows_give_the_same_codes(fmt: Format) -> None:
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_codes_with_gaps_between_rows_decode_to_the_same_values(fmt: Format) -> None:
+    q = quantize(values(9, 256), fmt)
+    raw = q.values.view(torch.uint8)
+    gaps = torch.cat((raw, raw), dim=1)[:, : raw.shape[1]].view(q.values.dtype)
+    got = dequantize(Quantized(gaps, q.scales, q.format, q.shape, q.global_scale))
+    assert torch.equal(bytes_of(got), bytes_of(decoded(q, BF16)))
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_zeros_extremes_and_ties_match_the_oracle(fmt: Format) -> None:
     x = torch.zeros(6, 128)
     x[1] = 3.0e38
@@ -196,7 +205,7 @@ def test_masked_silu_mul_quant_writes_only_rows_in_use() -> None:
 @pytest.mark.parametrize("add", [True, False], ids=["add", "plain"])
 @pytest.mark.parametrize("columns", [100, 384])
 def test_add_rms_norm_matches(fmt: Fp8Block | None, add: bool, columns: int) -> None:
-    x, weight = values(5, columns + 8)[:, :columns], values(columns)
+    x, weight = values(5, columns + 8)[:, :columns], values(columns, 2)[:, 0]  # with gaps
     residual = values(5, columns) if add else None
     theirs = residual.clone() if residual is not None else None
     got = add_rms_norm(x, residual, weight, 1e-6, fmt)
@@ -236,8 +245,10 @@ def test_rope_quantize_writes_queries_and_cache(
 ) -> None:
     q, k = values(3, heads, 32 + 16), values(3, 64 + 16)
     angles = torch.rand(9, 8) * 6.28
-    rotary = Rotary(torch.cat((angles.cos(), angles.sin()), dim=1), torch.tensor([0, 8, 3]), interleaved)
-    slots = torch.tensor([4, -1, 0])
+    rotary = Rotary(
+        torch.cat((angles.cos(), angles.sin()), dim=1), torch.tensor([0, 1, 8, 1, 3])[::2], interleaved
+    )
+    slots = torch.tensor([4, 5, -1, 5, 0])[::2]  # with gaps, as the positions
     caches = [torch.zeros(6, 80).to(cache_dtype) for _ in range(2)]
     keys = [torch.zeros(3, 16, dtype=BF16) for _ in range(2)]
     outs = [torch.zeros(3, heads, 48).to(out_dtype) for _ in range(2)]

@@ -110,7 +110,7 @@ def two_by(fmt: Format, k: int = 128) -> Quantized:
         (two_by(FP8_BLOCK128), two_by(NVFP4), "FP8 activations take MXFP4 weights"),
         (two_by(FP8_BLOCK128_WEIGHT), two_by(MXFP4), "128x128 scales, expected 1x128"),
         (two_by(MXFP4), two_by(MXFP4, 256), "a has k=128, b has k=256"),
-        (two_by(NVFP4), two_by(FP8_BLOCK128), "expected NVFP4 or MXFP4"),
+        (two_by(NVFP4), two_by(FP8_BLOCK128), "expected Nvfp4 or Mxfp4"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -257,6 +257,7 @@ def test_operations_on_fp8_run_their_reference_on_a_gpu_that_cannot_convert_it(
     capability: tuple[int, int], writes: torch.dtype, launched: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(paths, "_capability", lambda _index: capability)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     with FakeTensorMode():
         x = torch.empty(2, 256, dtype=torch.bfloat16, device="cuda")
         assert launches(x, writes) is launched

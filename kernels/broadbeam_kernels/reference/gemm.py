@@ -44,12 +44,11 @@ def fp8_gemm(
 def masked_fp8_gemm(
     a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, count: Tensor, out: Tensor
 ) -> Tensor:
-    """Writes the rows in use of each expert to `out` (experts * slots, n); returns (experts, slots, n)."""
-    view = out.view(a.shape[0], a.shape[1], -1)
+    """Writes the rows in use of each expert to `out` (experts, slots, n)."""
     for e, rows in enumerate(count.tolist()):
         weights = decode_tiles(b[e], b_scales[e])
-        view[e, :rows] = (decode_rows(a[e, :rows], a_scales[e, :rows]) @ weights.T).to(out.dtype)
-    return view
+        out[e, :rows] = (decode_rows(a[e, :rows], a_scales[e, :rows]) @ weights.T).to(out.dtype)
+    return out
 
 
 def grouped_gemm(a: Tensor, b: Tensor, experts: Tensor, block: int, out: Tensor) -> Tensor:
