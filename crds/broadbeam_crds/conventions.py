@@ -20,6 +20,7 @@ LABEL_REVISION = f"{API_GROUP}/revision"
 LABEL_COMPONENT = f"{API_GROUP}/component"  # "engine" | "gateway"
 LABEL_LLMD_ROLE = "llm-d.ai/role"  # so that other endpoint pickers can read our pods
 ANNOTATION_RANKS = f"{API_GROUP}/ranks-per-node"
+ANNOTATION_NODES = f"{API_GROUP}/nodes"  # pods of the group that a pod was made for
 ANNOTATION_CONFIG_HASH = f"{API_GROUP}/config-hash"
 GROUP_READY_GATE = f"{API_GROUP}/group-ready"  # pod readiness gate: every rank of the group can serve
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from broadbeam_crds.conventions import GROUP_READY_GATE, LABEL_COMPONENT, LABEL_GROUP, LABEL_POOL
 from broadbeam_operator import names, pods
 from broadbeam_operator.cluster import STATEFUL_SET, Object
-from broadbeam_operator.observe import Observed
+from broadbeam_operator.observe import Observed, owned_by
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +46,13 @@ class Group:
 
     @property
     def complete(self) -> bool:
-        """All pods are there, of one revision, and every rank of each has passed its canary."""
+        """All pods are there, of one revision and for a group of this size, and every rank of each has passed
+        its canary."""
         return (
             len(self.pods) == self.nodes
             and self.leaving == 0
             and len({pods.revision(pod) for pod in self.pods}) == 1
+            and all(pods.fits(pod, self.nodes) for pod in self.pods)
             and all(pods.is_true(pod, "ContainersReady") for pod in self.pods)
         )
 
@@ -71,10 +73,10 @@ class Group:
                 return f"{pod['metadata']['name']}: {found}"
         return None
 
-    @property
-    def gates(self) -> list[tuple[Object, bool]]:
-        """Pods whose readiness gate is not what it must be, with what it must be."""
-        wanted = self.complete
+    def gates(self, closing: bool = False) -> list[tuple[Object, bool]]:
+        """Pods whose readiness gate is not what it must be, with what it must be. `closing`: the group is
+        about to serve no longer."""
+        wanted = self.complete and not closing
         return [
             (pod, wanted)
             for pod in self.pods
@@ -89,7 +91,8 @@ def groups(seen: Observed) -> list[Group]:
         labels = workload["metadata"].get("labels") or {}
         if kind == STATEFUL_SET and LABEL_GROUP in labels:
             pool, index = labels[LABEL_POOL], labels[LABEL_GROUP]
-            members = [pod for pod in seen.pods if _belongs(pod, pool, index)]
+            # By the owner: a copy that somebody made of a pod has its labels too.
+            members = [pod for pod in seen.pods if owned_by(pod, workload["metadata"]["uid"])]
             staying = [pod for pod in members if not pods.leaving(pod)]
             found.append(Group(pool, int(index), workload, staying, len(members) - len(staying)))
     return sorted(found, key=lambda group: (group.pool, group.index))
@@ -101,8 +104,3 @@ def gateway_pods(seen: Observed) -> list[Object]:
         for pod in seen.pods
         if pod["metadata"]["labels"].get(LABEL_COMPONENT) == names.GATEWAY and not pods.leaving(pod)
     ]
-
-
-def _belongs(pod: Object, pool: str, index: str) -> bool:
-    labels = pod["metadata"].get("labels") or {}
-    return labels.get(LABEL_POOL) == pool and labels.get(LABEL_GROUP) == index

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from broadbeam_crds.conventions import LABEL_REVISION
+from broadbeam_crds.conventions import ANNOTATION_NODES, LABEL_REVISION
 from broadbeam_operator.cluster import Object
 
 # A container that waits for one of these will not start by itself soon.
@@ -40,6 +40,12 @@ def is_ready(pod: Object) -> bool:
 
 def revision(pod: Object) -> str:
     return str((pod["metadata"].get("labels") or {}).get(LABEL_REVISION, ""))
+
+
+def fits(pod: Object, nodes: int) -> bool:
+    """Whether the pod was made for a group of so many pods; one that does not say is taken to be."""
+    said = (pod["metadata"].get("annotations") or {}).get(ANNOTATION_NODES)
+    return said is None or said == str(nodes)
 
 
 def trouble(pod: Object) -> str | None:

@@ -140,6 +140,11 @@ def world() -> World:
     return World()
 
 
+@pytest.fixture
+def make_world() -> type[World]:
+    return World
+
+
 def changed(pool: Pool, **fields: Any) -> Pool:
     """The pool with some wire fields changed."""
     return Pool.model_validate(pool.wire() | fields)

@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 
-from broadbeam_crds.conventions import GROUP_READY_GATE, LABEL_GROUP, LABEL_POOL, LABEL_REVISION
+from broadbeam_crds.conventions import (
+    ANNOTATION_NODES,
+    GROUP_READY_GATE,
+    LABEL_GROUP,
+    LABEL_POOL,
+    LABEL_REVISION,
+)
 from broadbeam_crds.testing import pool, serving_cluster
 from broadbeam_operator import names
 from broadbeam_operator.cluster import CONFIG_MAP, STATEFUL_SET, Object, kind_of
@@ -14,7 +20,7 @@ from broadbeam_operator.groups import Group, groups
 from broadbeam_operator.images import Images
 from broadbeam_operator.manifests import manifests
 from broadbeam_operator.observe import Observed
-from broadbeam_operator.plan import plan, replacements
+from broadbeam_operator.plan import plan, turns
 
 NEW, OLD = "new", "old"
 
@@ -24,7 +30,12 @@ def workload(index: int, nodes: int = 1, revision: str = NEW, generation: int = 
     return {
         "apiVersion": "apps/v1",
         "kind": "StatefulSet",
-        "metadata": {"name": f"demo-both-{index}", "labels": labels, "generation": generation},
+        "metadata": {
+            "name": f"demo-both-{index}",
+            "uid": f"set-{index}",
+            "labels": labels,
+            "generation": generation,
+        },
         "spec": {
             "replicas": nodes,
             "template": {"metadata": {"labels": labels | {LABEL_REVISION: revision}}},
@@ -44,6 +55,7 @@ def pod(
         "metadata": {
             "name": f"demo-both-{group}-{node}",
             "uid": f"{group}-{node}",
+            "ownerReferences": [{"kind": "StatefulSet", "uid": f"set-{group}"}],
             "labels": {LABEL_POOL: "both", LABEL_GROUP: str(group), LABEL_REVISION: revision},
             **meta,
         },
@@ -101,12 +113,6 @@ LEAVING = {"deletionTimestamp": "2026-11-24T12:00:00Z"}
             id="not before the controller has seen the change",
         ),
         pytest.param(
-            [workload(0, nodes=2), workload(1)],
-            [pod(0, 0), pod(0, 1, revision=OLD), pod(1)],
-            [0],
-            id="a group of two revisions",
-        ),
-        pytest.param(
             [workload(0), workload(1)],
             [pod(0, revision=OLD, **LEAVING), pod(1, revision=OLD)],
             [],
@@ -122,8 +128,71 @@ LEAVING = {"deletionTimestamp": "2026-11-24T12:00:00Z"}
 )
 def test_groups_are_replaced_as_a_whole_and_one_at_a_time(workloads, pods, replaced):
     wanted = serving_cluster(pools=[pool("both", groups=2)])
-    found = replacements(groups(observed(workloads, pods)), wanted)
+    found = turns(groups(observed(workloads, pods)), wanted).replace
     assert [group.index for group in found] == replaced
+
+
+def test_a_group_of_two_revisions_is_replaced():
+    wanted = serving_cluster(pools=[pool("both", groups=2, data=4, nodes=2)])
+    pods = [pod(0, 0), pod(0, 1, revision=OLD), pod(1, 0), pod(1, 1)]
+    found = turns(groups(observed([workload(0, nodes=2), workload(1, nodes=2)], pods)), wanted)
+    assert [group.index for group in found.replace] == [0]
+
+
+def test_what_is_left_of_a_group_that_was_made_narrower_serves_nothing():
+    left = [pod(0, annotations={ANNOTATION_NODES: "2"}, revision=OLD)]
+    (group,) = groups(observed([workload(0, nodes=1)], left))
+    assert not group.complete
+    assert [open_ for _, open_ in group.gates()] == [False]
+
+
+def test_a_pod_that_is_a_copy_of_ours_is_nobodys():
+    copy = pod(0, revision=OLD, name="debug", ownerReferences=[])
+    (group,) = groups(observed([workload(0)], [pod(0), copy]))
+    assert group.complete
+    assert [each["metadata"]["name"] for each in group.pods] == ["demo-both-0-0"]
+
+
+@pytest.mark.parametrize(
+    ("workloads", "pods", "resized", "held"),
+    [
+        pytest.param([workload(0), workload(1)], [pod(0), pod(1)], [0], ["demo-both-1"], id="one at a time"),
+        pytest.param(
+            [workload(0, nodes=2), workload(1)],
+            [pod(0), pod(1)],
+            [],
+            ["demo-both-1"],
+            id="not while the first is incomplete",
+        ),
+        pytest.param(
+            [workload(0, nodes=2), workload(1)],
+            [pod(0, 0), pod(0, 1), pod(1)],
+            [1],
+            [],
+            id="the next once the first is ready again",
+        ),
+        pytest.param(
+            [workload(0), workload(1)],
+            [pod(0, ready=False), pod(1)],
+            [0],
+            ["demo-both-1"],
+            id="first what serves nothing",
+        ),
+        pytest.param(
+            [workload(0), workload(1)],
+            [pod(0, ready=False), pod(1, ready=False)],
+            [0, 1],
+            [],
+            id="all when none is ready",
+        ),
+    ],
+)
+def test_groups_take_another_number_of_pods_one_at_a_time(workloads, pods, resized, held):
+    wanted = serving_cluster(pools=[pool("both", groups=2, data=2, nodes=2)])
+    found = turns(groups(observed(workloads, pods)), wanted)
+    assert [group.index for group in found.resize] == resized
+    assert sorted(found.held) == held
+    assert list(found.replace) == []
 
 
 @pytest.mark.parametrize(
@@ -141,7 +210,7 @@ def test_groups_are_replaced_as_a_whole_and_one_at_a_time(workloads, pods, repla
 def test_no_more_groups_are_missing_than_the_rollout_allows(limit, groups, ready, replaced):
     wanted = serving_cluster(pools=[pool("both", groups=groups)], rollout={"maxUnavailable": limit})
     pods = [pod(each, revision=OLD if each < ready else NEW, ready=each < ready) for each in range(groups)]
-    found = replacements(groups_of(pods), wanted)
+    found = turns(groups_of(pods), wanted).replace
     assert len(found) == replaced
     assert all(group.ready for group in found)
 
@@ -166,19 +235,22 @@ def groups_of(pods: list[Object]) -> list[Group]:
 )
 def test_gates_open_and_close_for_the_whole_group(pods, gates):
     (group,) = groups(observed([workload(0, nodes=2)], pods))
-    assert [open_ for _, open_ in group.gates] == gates
+    assert [open_ for _, open_ in group.gates()] == gates
 
 
 def test_a_pod_that_has_no_gate_yet_gets_a_closed_one():
     new = pod(0, ready=False)
     new["status"]["conditions"] = []
     (group,) = groups(observed([workload(0)], [new]))
-    assert [open_ for _, open_ in group.gates] == [False]
+    assert [open_ for _, open_ in group.gates()] == [False]
 
 
 def live(wanted: list[Object]) -> dict[Any, Object]:
     """The objects as the API server holds them."""
-    return {(kind_of(each), each["metadata"]["name"]): each for each in wanted}
+    return {
+        (kind_of(each), each["metadata"]["name"]): {**each, "metadata": {**each["metadata"], "uid": "u"}}
+        for each in wanted
+    }
 
 
 def test_a_fresh_cluster_applies_everything():

@@ -7,8 +7,10 @@ import pytest
 from broadbeam_crds.conventions import LABEL_POOL
 from broadbeam_crds.testing import pool, serving_cluster
 from broadbeam_operator.cluster import CHILD_KINDS, CONFIG_MAP, POD, SERVICE, SERVING_CLUSTER, STATEFUL_SET
+from broadbeam_operator.groups import groups
 from broadbeam_operator.kv_effect import Tokens
 from broadbeam_operator.local.controllers import control_once
+from broadbeam_operator.observe import observe
 from broadbeam_operator.pods import is_ready
 
 BOTH = {LABEL_POOL: "both"}
@@ -162,6 +164,28 @@ async def test_a_change_takes_as_many_groups_as_it_may_and_no_more(world, limit,
     assert max(missing) == most
     assert (await world.status())["pools"][0]["updatedGroups"] == 4
     assert missing[-1] == 0
+
+
+@pytest.mark.parametrize(("before", "after"), [((2, 1), (2, 2)), ((4, 2), (2, 1))], ids=["wider", "narrower"])
+async def test_another_number_of_pods_takes_one_group_at_a_time(world, before, after):
+    def sized(data, nodes):
+        return serving_cluster(pools=[pool("both", groups=3, data=data, nodes=nodes)])
+
+    await world.put(sized(*before))
+    await world.settle()
+    await world.put(sized(*after))
+    missing = []
+    for _ in range(40):
+        await world.once()
+        await control_once(world.store)
+        world.run_pods()
+        missing.append(
+            3 - sum(group.ready for group in groups(await observe(world.store, "default", "demo")))
+        )
+    assert max(missing) == 1
+    assert missing[-1] == 0
+    assert (await world.status())["pools"][0]["updatedGroups"] == 3
+    assert len(world.store.select(POD, labels=BOTH)) == 3 * after[1]
 
 
 async def test_a_change_that_does_not_start_stops_at_the_first_group(world):

@@ -37,20 +37,22 @@ def seen(
     }
     pods = []
     for (kind, name), obj in children.items():
+        obj["metadata"]["uid"] = f"{kind.kind}-{name}"
         if kind == DEPLOYMENT:
             obj["status"] = {"readyReplicas": gateway}
         elif obj["kind"] == "StatefulSet":
             obj["status"] = {"observedGeneration": 1}
             for node in range(obj["spec"]["replicas"]):
-                pods.append(_pod(f"{name}-{node}", obj["spec"]["template"], ready, trouble))
+                pods.append(_pod(f"{name}-{node}", obj, ready, trouble))
     kept = [each for each in pods if each["metadata"]["name"] not in missing]
     resource = {**cluster.wire(), "status": before or {}}
     return Observed(resource, children, kept)
 
 
-def _pod(name: str, template: Object, ready: set[str] | None, trouble: dict[str, Object]) -> Object:
+def _pod(name: str, workload: Object, ready: set[str] | None, trouble: dict[str, Object]) -> Object:
     good = ready is None or any(name.startswith(prefix) for prefix in ready)
     states = {"ContainersReady": good, "Ready": good, "serving.broadbeam.io/group-ready": good}
+    template = workload["spec"]["template"]
     container = {"name": "engine", "ready": good, **trouble.get(name.replace("-", "_"), {})}
     return {
         "apiVersion": "v1",
@@ -59,6 +61,7 @@ def _pod(name: str, template: Object, ready: set[str] | None, trouble: dict[str,
             "name": name,
             "uid": name,
             "namespace": "default",
+            "ownerReferences": [{"kind": "StatefulSet", "uid": workload["metadata"]["uid"]}],
             **copy.deepcopy(template["metadata"]),
         },
         "spec": template["spec"],

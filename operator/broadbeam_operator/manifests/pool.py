@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from broadbeam_crds.conventions import (
     ANNOTATION_CONFIG_HASH,
+    ANNOTATION_NODES,
     ANNOTATION_RANKS,
     CONFIG_DIR,
     ENV_CACHE,
@@ -162,6 +163,7 @@ def _generated_template(group: Group) -> Object:
             "labels": {**names.MANAGED_BY, **group.labels},
             "annotations": {
                 ANNOTATION_RANKS: str(group.ranks_per_pod),
+                ANNOTATION_NODES: str(pool.parallelism.nodes),
                 ANNOTATION_CONFIG_HASH: names.digest(config["data"]),
             },
         },
