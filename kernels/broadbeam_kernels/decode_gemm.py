@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 _counters: dict[tuple[int, int], Tensor] = {}
-COUNTERS = 65536
+COUNTERS = 65536  # tiles of a product that splits K
 
 
 @triton.jit
@@ -86,8 +86,14 @@ def _decode_kernel(
             tl.store(counter_ptr + tile, 0)
 
 
-def _counter(device: torch.device) -> Tensor:
-    """Zeros that the kernel returns to zero; one buffer per device and stream: streams never share."""
+def _counter(device: torch.device, tiles: int) -> Tensor:
+    """Zeros that the kernel returns to zero; one buffer per device and stream: streams never share.
+
+    A launch that a CUDA graph captures has zeros of its own: the graph runs on any stream, and what is filled
+    while one graph is captured is empty for the next until the first has run.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(tiles, dtype=torch.int32, device=device)
     key = (device.index, torch.cuda.current_stream(device).cuda_stream)
     if key not in _counters:
         _counters[key] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
@@ -103,8 +109,9 @@ def launch(
     """
     rows, k = x.shape
     n = w.shape[0]
-    bn, bm, split = tile["BN"], tile["BM"], min(tile["SPLIT"], k // 128)
+    bn, bm = tile["BN"], tile["BM"]
     tiles = triton.cdiv(n, bn) * triton.cdiv(rows, bm)
+    split = min(tile["SPLIT"], k // 128) if tiles <= COUNTERS else 1
     part = torch.empty(tiles * split * bn * bm if split > 1 else 1, dtype=torch.float32, device=x.device)
     _decode_kernel[(tiles * split,)](
         TensorDescriptor.from_tensor(w, [bn, 128]),
@@ -113,7 +120,7 @@ def launch(
         x_scales,
         out,
         part,
-        _counter(x.device) if split > 1 else part,
+        _counter(x.device, tiles) if split > 1 else part,
         rows,
         n,
         k // 128,

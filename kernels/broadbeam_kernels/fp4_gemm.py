@@ -6,8 +6,9 @@ in registers (exactly: a code times an e4m3 scale has six significant bits) and 
 
 from __future__ import annotations
 
+import logging
 from functools import cache
-from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -29,15 +30,34 @@ from .packed_weights import PackedWeights
 from .paths import matrix_path, runs_kernels
 from .portable_gemm import Grouping
 from .reference import gemm as oracle
-from .tuning import config
+from .tuning import Launch, config
 
 Weights = Fp4Weights | PackedWeights
 
+log = logging.getLogger(__name__)
+
 
 @cache
-def _builds_cuda() -> bool:
-    """Whether CUDA C++ can be compiled here: torch's CUDA wheels bring the compiler and its bindings."""
-    return find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
+def _cuda() -> ModuleType | None:
+    """The launcher of the CUDA C++ kernel; None, said once, without NVRTC and the driver's bindings."""
+    try:
+        from .cuda import fp4_gemm as native
+    except ImportError as error:
+        log.warning("CUDA C++ kernels cannot be built, Triton's stand in: %s", error)
+        return None
+    return native
+
+
+def _launch_cuda(
+    x: Tensor, w: Fp4Weights, experts: Tensor | None, block: int, out: Tensor, tile: Launch
+) -> bool:
+    native = _cuda()
+    if native is None:
+        return False
+    chosen = native.Tile(**tile)
+    if experts is None:
+        chosen = native.spread(chosen, x, w.shape[1])
+    return bool(native.launch(x, w, experts, block, out, chosen))
 
 
 def _launch(
@@ -53,14 +73,8 @@ def _launch(
     operation = "fp4_gemm" if experts is None else "grouped_fp4_gemm"
     rows, (count, n, k) = x.shape[0], w.shape
     facts = {"rows": rows, "each": rows // count, "n": n, "k": k, "block": block}
-    if _builds_cuda():
-        from .cuda import fp4_gemm as native  # it needs the compiler's bindings to be imported
-
-        tile = native.Tile(
-            **config(f"cuda_{operation}", x.device, **facts) | ({"group": 1} if sparse else {})
-        )
-        native.launch(x, w, experts, block, out, tile if experts is not None else native.spread(tile, x, n))
-    else:
+    tile = config(f"cuda_{operation}", x.device, **facts) | ({"group": 1} if sparse else {})
+    if not _launch_cuda(x, w, experts, block, out, tile):
         tuned = config(operation, x.device, **facts) | ({"GROUP": 1} if sparse else {})
         fp4_persistent.launch(x, w, experts, block, out, tuned)
 

@@ -59,8 +59,14 @@ def _maxima_kernel(
     tl.store(maxima_ptr + tl.program_id(0), tl.max(best, axis=0))
 
 
+MOST_WORDS = 1 << 30  # that one launch counts through: past 2^31 its 32-bit loop would begin anew
+
+
 def _maxima(x: Tensor) -> Tensor:
     """Largest magnitudes (float32) of some parts of x, which is not empty and whose values come in pairs."""
+    rows = max(1, 2 * MOST_WORDS // x.shape[1])
+    if x.shape[0] > rows:
+        return torch.cat([_maxima(part) for part in x.split(rows)])
     words = x.numel() // 2
     tuned = dict(config("amax", x.device))
     programs = min(triton.cdiv(words, tuned["WORDS"]), tuned.pop("PROGRAMS"))
@@ -82,6 +88,7 @@ def _maxima(x: Tensor) -> Tensor:
 def amax(x: Tensor) -> Tensor:
     """Largest magnitude of a (rows, columns) bf16 or fp16 tensor, as a float32 tensor of one element."""
     check_tensor("x", x, 2, HALF_TYPES)
+    check_size(x.shape[0], x.shape[1], NVFP4.block)
     if x.numel() == 0:
         return torch.zeros(1, device=x.device)
     if not launches(x) or x.shape[1] % 2:

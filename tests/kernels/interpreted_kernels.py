@@ -20,6 +20,7 @@ import triton
 from torch import Tensor
 from triton.runtime import interpreter
 
+from broadbeam_kernels import nvfp4
 from broadbeam_kernels.add_rms_norm import add_rms_norm
 from broadbeam_kernels.concat_mla_k import concat_mla_k
 from broadbeam_kernels.finalize import finalize
@@ -176,6 +177,16 @@ def test_amax_matches() -> None:
     x = values(5, 70)
     assert amax(x).item() == x.abs().max().item()
     assert amax(x[1:4, 2:40]).item() == x[1:4, 2:40].abs().max().item()
+
+
+@pytest.mark.parametrize("fmt", [NVFP4, NVFP4_SWIZZLED], ids=str)
+def test_a_tensor_read_in_parts_has_the_same_global_scale(
+    fmt: Nvfp4, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = values(130, 96)
+    monkeypatch.setattr(nvfp4, "MOST_WORDS", 500)  # ten rows
+    assert_same(quantize(x, fmt), want(x, fmt))
+    assert amax(x).item() == x.abs().max().item()
 
 
 @pytest.mark.parametrize("fmt", [FP8_BLOCK128, FP8_BLOCK128_COLUMN, MXFP4], ids=str)

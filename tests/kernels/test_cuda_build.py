@@ -37,6 +37,20 @@ def test_a_kernel_compiles_once(tile: Tile, grouping: fp8_gemm.Grouping, cache: 
     assert fp8_gemm.code(tile, grouping, True, False, ARCH) == b"from the disk"
 
 
+def test_kept_code_that_cannot_be_read_is_compiled_again(
+    cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiled = [nvrtc.cubin('extern "C" __global__ void f() {}', {}, {}, ARCH)]
+    (kept,) = cache.iterdir()
+    kept.unlink()
+    (kept / "in the way").mkdir(parents=True)
+    with caplog.at_level(logging.WARNING):
+        compiled.append(nvrtc.cubin('extern "C" __global__ void f() {}', {}, {}, ARCH))
+    assert compiled[0] == compiled[1]
+    assert "cannot be kept" in caplog.text
+    assert [path.name for path in cache.iterdir()] == [kept.name]  # and nothing half written
+
+
 def test_what_the_compiler_says_is_in_the_error(cache: Path) -> None:
     with pytest.raises(nvrtc.CudaError, match="nonsense"):
         nvrtc.cubin('extern "C" __global__ void f() { nonsense(); }', {}, {}, ARCH)

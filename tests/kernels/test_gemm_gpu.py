@@ -52,6 +52,20 @@ def test_fp8_gemm_matches(fmt: Fp8Block, rows: int, n: int, k: int) -> None:
     assert relative_difference(out, exact(a.values, a.scales, b.values, b.scales)) < BOUND
 
 
+def test_a_captured_product_runs_before_what_was_captured_ahead_of_it() -> None:
+    a, b = quantize(gaussian(7, 7168), FP8_BLOCK128), quantize(gaussian(2112, 7168), FP8_BLOCK128_WEIGHT)
+    outs = [torch.empty(7, 2112, dtype=BF16, device="cuda") for _ in range(2)]
+    fp8_gemm(a, b, outs[0])  # compiled
+    graphs = [torch.cuda.CUDAGraph() for _ in outs]
+    for graph, out in zip(graphs, outs, strict=True):
+        with torch.cuda.graph(graph):
+            fp8_gemm(a, b, out)
+    for i in (1, 0, 1):
+        poison(outs[i])
+        graphs[i].replay()
+        assert relative_difference(outs[i], exact(a.values, a.scales, b.values, b.scales)) < BOUND
+
+
 def test_fp8_gemm_gives_the_same_bits_every_time() -> None:
     a, b = quantize(gaussian(7, 7168), FP8_BLOCK128), quantize(gaussian(2112, 7168), FP8_BLOCK128_WEIGHT)
     first = fp8_gemm(a, b)

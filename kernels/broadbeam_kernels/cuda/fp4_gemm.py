@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,8 @@ from ..fp4_weights import Fp4Weights
 from ..tuning import multiprocessors
 from .nvrtc import Function, cubin, native
 from .tensor_map import tensor_map
+
+log = logging.getLogger(__name__)
 
 SHARED_BYTES = 227 << 10  # what the blocks of one multiprocessor share on sm_90, 1 KiB more for each of them
 MOST_STAGES = 12
@@ -125,11 +128,15 @@ def source(tile: Tile, nvfp4: bool, grouped: bool) -> tuple[str, dict[str, str],
 
 
 @cache
-def function(tile: Tile, nvfp4: bool, grouped: bool, device: int) -> Function:
-    """The kernel for these choices, compiled or from the disk, loaded on `device`."""
+def function(tile: Tile, nvfp4: bool, grouped: bool, device: int) -> Function | None:
+    """The kernel for these choices, loaded on `device`; None, said once, where it cannot be had."""
     text, headers, defines = source(tile, nvfp4, grouped)
-    code = cubin(text, headers, defines, native(device))
-    return Function(code, "fp4_gemm", device, tile.shared_bytes(nvfp4))
+    try:
+        code = cubin(text, headers, defines, native(device))
+        return Function(code, "fp4_gemm", device, tile.shared_bytes(nvfp4))
+    except RuntimeError as error:  # the compiler's or the driver's refusal, or a library that is not there
+        log.warning("no CUDA C++ kernel for %s, Triton's stands in: %s", tile, error)
+        return None
 
 
 def spread(tile: Tile, x: Tensor, n: int) -> Tile:
@@ -143,13 +150,17 @@ def spread(tile: Tile, x: Tensor, n: int) -> Tile:
     return replace(tile, split=split)
 
 
-def launch(x: Tensor, w: Fp4Weights, experts: Tensor | None, block: int, out: Tensor, tile: Tile) -> None:
+def launch(x: Tensor, w: Fp4Weights, experts: Tensor | None, block: int, out: Tensor, tile: Tile) -> bool:
     """out (rows, n) = x (rows, k) @ w[expert] (n, k).T, with the arguments already checked.
 
-    `experts` int32 (rows / block), -1 to skip a block, or None: one expert for all rows.
+    `experts` int32 (rows / block), -1 to skip a block, or None: one expert for all rows. False: there is no
+    such kernel, and nothing was launched.
     """
     rows, n = out.shape
     nvfp4 = isinstance(w.format, Nvfp4)
+    kernel = function(tile, nvfp4, experts is not None, x.device.index)
+    if kernel is None:
+        return False
     tiles_m, tiles_n = -(-rows // tile.tokens), -(-n // (64 * tile.warpgroups))
     problem = _Problem(
         w.codes.data_ptr(),
@@ -169,6 +180,7 @@ def launch(x: Tensor, w: Fp4Weights, experts: Tensor | None, block: int, out: Te
     clusters = tiles_m * tiles_n
     if tile.split == 1:
         clusters = min(clusters, multiprocessors(x.device.index) * tile.resident)
-    function(tile, nvfp4, experts is not None, x.device.index).launch(
+    kernel.launch(
         clusters * tile.split, tile.threads, (*(int(m.getPtr()) for m in maps), ctypes.addressof(problem))
     )
+    return True

@@ -12,6 +12,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def cubin(source: str, headers: Mapping[str, str], defines: Mapping[str, int], a
     version = nvrtc.nvrtcVersion()[1:]
     facts = repr((source, sorted(headers.items()), options, version))
     path = cache_folder() / f"{hashlib.sha256(facts.encode()).hexdigest()[:32]}.cubin"
-    if path.exists():
+    with suppress(OSError):  # it is not there, or another user's
         return path.read_bytes()
     code = _compile(source, headers, options)
     try:
@@ -75,9 +76,10 @@ def cubin(source: str, headers: Mapping[str, str], defines: Mapping[str, int], a
 def _keep(path: Path, code: bytes) -> None:
     """Write whole or not at all, whoever else compiles the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as written:
-        written.write(code)
-    os.replace(written.name, path)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        written = Path(folder) / path.name
+        written.write_bytes(code)
+        written.replace(path)
 
 
 class Function:
