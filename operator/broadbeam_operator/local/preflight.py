@@ -16,6 +16,7 @@ from broadbeam_crds.conventions import (
     SUPERVISOR_PORT,
 )
 from broadbeam_crds.v1alpha1 import Pool, ServingCluster
+from broadbeam_operator.local import devices
 from broadbeam_operator.local.addresses import NOBODYS, port_is_free
 
 GIB = 2**30
@@ -28,7 +29,7 @@ class ThisMachine:
 
     system: str  # os.uname().sysname
     available_bytes: int
-    devices: int  # accelerators
+    devices: int  # accelerators that are ours to give
     commands: frozenset[str]  # of the engines that are not ours
     port_is_free: Callable[[int], bool]  # false: some server has it on every address
     exists: Callable[[Path], bool]
@@ -36,19 +37,11 @@ class ThisMachine:
 
 def look() -> ThisMachine:
     """The machine at hand."""
-    dev = Path("/dev")
-    names = [path.name for path in dev.iterdir()] if dev.exists() else []
-    nvidia = sum(name.startswith("nvidia") and name[6:].isdigit() for name in names)
-    amd = (
-        sum(path.name.startswith("renderD") for path in Path("/dev/dri").glob("*"))
-        if (dev / "kfd").exists()
-        else 0
-    )
     commands = frozenset(name for name in ("vllm",) if shutil.which(name))
     return ThisMachine(
         system=os.uname().sysname,
         available_bytes=_available_bytes(),
-        devices=nvidia or amd,
+        devices=len(devices.ours(os.environ, devices.count())),
         commands=commands,
         port_is_free=lambda port: port_is_free(NOBODYS, port),
         exists=Path.exists,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from broadbeam_crds.v1alpha1 import ServingCluster
 from broadbeam_operator import names
 from broadbeam_operator.cluster import Object
 from broadbeam_operator.kv_effect import HttpMeter, KVWatch
+from broadbeam_operator.local import devices
 from broadbeam_operator.local.addresses import AddressRange, claimed, port_is_free, reserved_range
 from broadbeam_operator.local.controllers import control
 from broadbeam_operator.local.node import LocalNode, store_sources
@@ -36,7 +37,6 @@ LOCALHOST = "127.0.0.1"
 RESYNC_S = 5.0  # a pass without any change: notices KV transfer, which no object shows
 SPACING_S = 0.05  # a burst of changes makes one pass
 NODE_NAME = "localhost"
-VISIBLE_DEVICES = {"nvidia.com/gpu": "CUDA_VISIBLE_DEVICES", "amd.com/gpu": "HIP_VISIBLE_DEVICES"}
 
 
 class PortInUseError(Exception):
@@ -60,7 +60,8 @@ class Placement:
     addresses: AddressRange
     gateway_address: str
     imposed: Mapping[str, str]
-    _devices: dict[int, str] = field(default_factory=dict)  # device -> address of the pod that has it
+    devices: Sequence[str] = ()  # names of those that are ours to give
+    _devices: dict[str, str] = field(default_factory=dict)  # device -> address of the pod that has it
     _gateway_taken: bool = False
 
     def place(self, pod: Object) -> tuple[str, dict[str, str]]:
@@ -82,11 +83,11 @@ class Placement:
 
     def _give_devices(self, pod: Object, address: str) -> dict[str, str]:
         limits = (pod["spec"]["containers"][0].get("resources") or {}).get("limits") or {}
-        for resource, variable in VISIBLE_DEVICES.items():
+        for resource, variable in devices.VISIBLE_DEVICES.items():
             if count := int(limits.get(resource, 0)):
-                free = [d for d in range(len(self._devices) + count) if d not in self._devices][:count]
+                free = [device for device in self.devices if device not in self._devices][:count]
                 self._devices.update(dict.fromkeys(free, address))
-                return {variable: ",".join(map(str, free))}
+                return {variable: ",".join(free)}
         return {}
 
 
@@ -145,7 +146,9 @@ async def open_session(cluster: ServingCluster, settings: Settings) -> AsyncIter
     ):
         hosts, endpoints = folder / "hosts", folder / "endpoints.json"
         imposed = {ENV_HOSTS_FILE: str(hosts), ENV_CACHE: str(settings.cache)}
-        placement = Placement(addresses, LOCALHOST if localhost and ours else addresses.take(), imposed)
+        gateway = LOCALHOST if localhost and ours else addresses.take()
+        given = devices.ours(settings.inherited, devices.count())
+        placement = Placement(addresses, gateway, imposed, given)
         store = Store()
         node_settings = Node(
             NODE_NAME, folder / "pods", store_sources(store), settings.bin_dir, settings.inherited

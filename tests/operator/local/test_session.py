@@ -27,7 +27,7 @@ class Gone:
 
 @pytest.fixture
 def placement() -> Placement:
-    return Placement(AddressRange(3), "127.0.0.1", {"HOSTS": "h"})
+    return Placement(AddressRange(3), "127.0.0.1", {"HOSTS": "h"}, ("0", "1", "2", "3"))
 
 
 def test_the_first_gateway_has_the_address_people_expect(placement: Placement) -> None:
