@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from .bench import matrix, memory, packed, portable, report
 from .bench.case import Case, Row, measure_ceilings, time_case, versions
+from .bench.run import Outcome, measure
 from .testing import Timer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,70 +34,149 @@ GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
     "scaled_gemm": portable.block_scaled,
     "portable_gemm": portable.portable_fp8,
 }
+DONE, FAILED, REFUSED, UNFINISHED = range(4)
+
+BENCH = f"""\
+Times every operation at its bars' sizes on the CUDA device at hand, caches flushed before each call.
+
+operations:
+{chr(10).join(f"  {name:17s} {(group.__doc__ or '').splitlines()[0]}" for name, group in GROUPS.items())}
+
+a line says, in this order:
+  operation, shape
+  us               median of 7 to 100 calls
+  MB, GB/s         bytes the operation must move at least, and that over the time
+  GFLOP, TFLOP/s   the same of its arithmetic
+  89% of memory    its floor over the time. The floor is the larger of bytes over the rate of a 1 GiB copy
+                   (memory) and arithmetic over that of an 8192^3 product (fp8, bf16), measured in this run
+  deep_gemm 1.04x  a peer's time over ours: above 1 we are faster; or what a peer said that could not run
+
+Peers are used where they can be imported: torch, DeepGEMM (sgl-deep-gemm), FlashInfer (flashinfer-python).
+Rows go to --baselines by operation, shape and device, so that devices keep apart; medians more than 10 %
+above the accepted ones of the same device are warned of. Table and picture go to --page.
+"""
+EPILOG = """\
+exit status:
+  0  every case was measured
+  1  a case of ours failed; it is named at the end, the others were measured
+  2  nothing could be measured
+  3  time was up: the same command again goes on, with --run from where it was
+
+examples:
+  python -m broadbeam_kernels bench quantize fp8_gemm
+  until python -m broadbeam_kernels bench --minutes 9 --run rows.jsonl; do [ $? = 3 ] || break; done
+  python -m broadbeam_kernels report rows.jsonl     # rows of another machine, into this checkout
+"""
 
 
-def _arguments() -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m broadbeam_kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, words in (("bench", "measure, compare, record"), ("report", "redraw from the recorded rows")):
-        command = commands.add_parser(name, help=words)
-        command.add_argument("--baselines", type=Path, default=ROOT / "kernels" / "baselines.jsonl")
-        command.add_argument("--page", type=Path, default=ROOT / "docs" / "kernels.md")
-        if name == "bench":
-            command.add_argument("operations", nargs="*", metavar="OPERATION", help=", ".join(GROUPS))
-            command.add_argument("--budget-ms", type=float, default=20.0, help="device time per measurement")
-    return parser.parse_args()
+    form = argparse.RawDescriptionHelpFormatter
+    bench = commands.add_parser(
+        "bench", help="measure, compare, record", description=BENCH, epilog=EPILOG, formatter_class=form
+    )
+    bench.add_argument("operations", nargs="*", metavar="OPERATION", help="which to time (all of them)")
+    bench.add_argument(
+        "--budget-ms", type=float, default=20.0, metavar="MS", help="device time per measurement (20)"
+    )
+    bench.add_argument(
+        "--minutes", type=float, default=float("inf"), metavar="N", help="begin no case after N minutes"
+    )
+    bench.add_argument(
+        "--run", type=Path, metavar="FILE",
+        help="keep rows in FILE, pass over those it has of this device and these versions, "
+        "and record them when every case was measured",
+    )  # fmt: skip
+    redraw = commands.add_parser("report", help="record rows of other runs, redraw table and picture")
+    redraw.add_argument("rows", nargs="*", type=Path, metavar="FILE", help="what `bench --run` kept")
+    for command in (bench, redraw):
+        command.add_argument(
+            "--baselines", type=Path, default=ROOT / "kernels" / "baselines.jsonl", metavar="FILE",
+            help="accepted rows, one JSON object a line (%(default)s)",
+        )  # fmt: skip
+        command.add_argument(
+            "--page", type=Path, default=ROOT / "docs" / "kernels.md", metavar="FILE",
+            help="Markdown page with the table, the picture beside it (%(default)s)",
+        )  # fmt: skip
+    return parser
 
 
-def _measure(operations: list[str], budget_ms: float) -> Iterator[list[Row]]:
-    """The rows of one operation after another."""
-    timer = Timer(budget_ms)
-    ceilings = measure_ceilings(timer)
-    facts = {"device": torch.cuda.get_device_name(), "versions": versions(), "ceilings": asdict(ceilings)}
-    print(f"{facts['device']}: {ceilings}", flush=True)
-    for name in operations:
-        rows = []
-        for case in GROUPS[name]():
-            rows.append({**time_case(case, timer, ceilings), **facts})
-            print(report.line(rows[-1]), flush=True)
-        torch.cuda.empty_cache()
-        yield rows
-
-
-def _record(baselines: Path, page: Path, rows: list[Row]) -> None:
-    report.write(baselines, rows)
-    report.place_table(page, report.table(rows))
-    if not report.draw(page.with_name("kernels-roofline.png"), rows):
-        print("no picture: matplotlib is not installed", file=sys.stderr)
-
-
-def main() -> int:
-    """Exit status: 0, or 2 where nothing could be measured."""
-    arguments = _arguments()
-    accepted = report.read(arguments.baselines)
-    if arguments.command == "report":
-        _record(arguments.baselines, arguments.page, accepted)
-        return 0
-    unknown = set(arguments.operations) - set(GROUPS)
-    if unknown or not torch.cuda.is_available():
-        reason = (
-            f"no operation {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}"
-            if unknown
-            else "the kernels' benchmarks need a CUDA device"
-        )
-        print(reason, file=sys.stderr)
-        return 2
-    measured: list[Row] = []
-    for rows in _measure(arguments.operations or list(GROUPS), arguments.budget_ms):
-        measured += rows
-        report.write(arguments.baselines, report.merge(accepted, measured))  # what is measured is kept
-    for sentence in report.regressions(accepted, measured):
+def _record(baselines: Path, page: Path, accepted: list[Row], rows: list[Row]) -> None:
+    """Merge, warn, redraw."""
+    merged = report.merge(accepted, rows)
+    report.write(baselines, merged)
+    report.place_table(page, report.table(merged))
+    if not report.draw(page.with_name("kernels-roofline.png"), merged):
+        print("no picture: matplotlib is not installed, or there are no rows", file=sys.stderr)
+    for sentence in report.regressions(accepted, rows):
         print(f"warning: {sentence}", file=sys.stderr)
-    ratios = [r for row in measured if row["operation"] == "fp8_gemm" if (r := report.best_ratio(row))]
-    if ratios:
-        print(f"fp8_gemm: geometric mean over shapes {report.geometric_mean(ratios):.3f} of the best peer")
-    _record(arguments.baselines, arguments.page, report.merge(accepted, measured))
-    return 0
+    for sentence in report.summary(rows):
+        print(sentence)
+
+
+def _refusal(arguments: argparse.Namespace) -> str | None:
+    """Why nothing can be measured."""
+    unknown = sorted(set(arguments.operations) - set(GROUPS))
+    if arguments.run and not arguments.run.parent.is_dir():
+        return f"--run {arguments.run}: there is no folder {arguments.run.parent}"
+    if unknown:
+        return f"no operation {', '.join(unknown)}; there are {', '.join(GROUPS)}"
+    return None if torch.cuda.is_available() else "the kernels' benchmarks need a CUDA device"
+
+
+def _measure(arguments: argparse.Namespace, keep: Callable[[list[Row]], None]) -> Outcome:
+    deadline = time.monotonic() + 60 * arguments.minutes
+    timer = Timer(arguments.budget_ms)
+    ceilings = measure_ceilings(timer)
+    here = {"device": torch.cuda.get_device_name(), "versions": versions()}
+    print(f"{here['device']}: {ceilings}", flush=True)
+
+    def timed(case: Case) -> Row:
+        row = {**time_case(case, timer, ceilings), **here, "ceilings": asdict(ceilings)}
+        print(report.line(row), flush=True)
+        return row
+
+    return measure(
+        {name: GROUPS[name] for name in arguments.operations or GROUPS},
+        timed,
+        earlier=report.read_run(arguments.run, here) if arguments.run else (),
+        keep=keep,
+        out_of_time=lambda: time.monotonic() >= deadline,
+    )
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    refusal = _refusal(arguments)
+    if refusal is not None:
+        print(refusal, file=sys.stderr)
+        return REFUSED
+    accepted = report.read(arguments.baselines)
+    kept = arguments.run or arguments.baselines
+    before = report.read(kept)  # other devices' rows among them, which stay
+
+    def keep(rows: list[Row]) -> None:
+        report.write(kept, report.merge(before, rows))
+
+    outcome = _measure(arguments, keep)
+    if outcome.finished or not arguments.run:
+        _record(arguments.baselines, arguments.page, accepted, outcome.rows)
+    for failure in outcome.failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    if not outcome.finished:
+        print(f"time is up: {len(outcome.rows)} rows measured, more to come", file=sys.stderr)
+        return UNFINISHED
+    return FAILED if outcome.failures else DONE
+
+
+def main(argv: list[str] | None = None) -> int:
+    """See `bench --help` for the exit status."""
+    arguments = _parser().parse_args(argv)
+    if arguments.command == "bench":
+        return _bench(arguments)
+    rows = [row for path in arguments.rows for row in report.read(path)]
+    _record(arguments.baselines, arguments.page, report.read(arguments.baselines), rows)
+    return DONE
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
@@ -15,8 +15,6 @@ from ..testing import Timer
 Call = Callable[[], object]
 Unit = Literal["fp8", "bf16"]
 Row = dict[str, Any]
-
-PEER_ERRORS = (RuntimeError, ValueError, TypeError, ImportError, AttributeError, OSError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -71,6 +69,11 @@ def ready(call: Call) -> Callable[[], Call]:
     return lambda: call
 
 
+def in_turn(calls: Sequence[Call]) -> list[object]:
+    """Every call's result, all kept, so that no call writes where the cache holds what another wrote."""
+    return [call() for call in calls]
+
+
 def versions() -> dict[str, str]:
     """Versions of everything that a timing depends on."""
     found = {"torch": str(torch.__version__)}
@@ -92,11 +95,16 @@ def _driver() -> str:
     return done.stdout.split("\n", 1)[0].strip()
 
 
+def said(error: Exception) -> str:
+    """An error in one short line."""
+    return f"{type(error).__name__}: {error}".split("\n", 1)[0][:160]
+
+
 def _peer(build: Callable[[], Call], timer: Timer, ours_ms: float) -> Row:
     try:
         ms = timer.median_ms(build())
-    except PEER_ERRORS as error:  # the peer's door, not ours: it is named with what it said
-        return {"error": f"{type(error).__name__}: {error}".split("\n", 1)[0][:160]}
+    except Exception as error:  # another library's, of any kind: it is named with what it said
+        return {"error": said(error)}
     return {"median_us": round(ms * 1e3, 2), "ratio": round(ms / ours_ms, 3)}
 
 

@@ -29,21 +29,21 @@ GROUPED = (
 )
 
 
-def _codes(*shape: int) -> Tensor:
+def codes(*shape: int) -> Tensor:
     return torch.randn(shape, device="cuda").to(torch.float8_e4m3fn)
 
 
-def _row_scales(rows: int, k: int) -> Tensor:
+def row_scales(rows: int, k: int) -> Tensor:
     return (torch.rand(k // 128, -(-rows // 4) * 4, device="cuda") + 0.5).t()[:rows]
 
 
-def _tile_scales(experts: int, n: int, k: int) -> Tensor:
+def tile_scales(experts: int, n: int, k: int) -> Tensor:
     return torch.rand(experts, -(-n // 128), k // 128, device="cuda") + 0.5
 
 
 def _dense(m: int, b: Tensor, b_scales: Tensor) -> Case:
     n, k = b.shape
-    a, a_scales = _codes(m, k), _row_scales(m, k)
+    a, a_scales = codes(m, k), row_scales(m, k)
     out = torch.empty(m, n, dtype=torch.bfloat16, device="cuda")
     rows = Quantized(a, a_scales, FP8_BLOCK128_COLUMN, (m, k))
     weights = Quantized(b, b_scales, FP8_BLOCK128_WEIGHT, (n, k))
@@ -64,15 +64,15 @@ def _dense(m: int, b: Tensor, b_scales: Tensor) -> Case:
 def dense() -> Iterator[Case]:
     """FP8 block GEMM."""
     for n, k in DENSE:
-        b, b_scales = _codes(n, k), _tile_scales(1, n, k)[0]
+        b, b_scales = codes(n, k), tile_scales(1, n, k)[0]
         for m in TOKENS:
             yield _dense(m, b, b_scales)
 
 
 def _contiguous(experts: int, each: int, n: int, k: int) -> Case:
     m = experts * each
-    a, a_scales = _codes(m, k), _row_scales(m, k)
-    b, b_scales = _codes(experts, n, k), _tile_scales(experts, n, k)
+    a, a_scales = codes(m, k), row_scales(m, k)
+    b, b_scales = codes(experts, n, k), tile_scales(experts, n, k)
     out = torch.empty(m, n, dtype=torch.bfloat16, device="cuda")
     blocks = torch.arange(experts, device="cuda", dtype=torch.int32).repeat_interleave(each // 128)
     rows = blocks.repeat_interleave(128)
@@ -87,9 +87,9 @@ def _contiguous(experts: int, each: int, n: int, k: int) -> Case:
 
 
 def _masked(experts: int, each: int, n: int, k: int) -> Case:
-    a, b, b_scales = _codes(experts, each, k), _codes(experts, n, k), _tile_scales(experts, n, k)
+    a, b, b_scales = codes(experts, each, k), codes(experts, n, k), tile_scales(experts, n, k)
     a_scales = (torch.rand(experts, k // 128, each, device="cuda") + 0.5).transpose(1, 2)
-    flat, flat_scales = a.flatten(0, 1), _row_scales(experts * each, k)
+    flat, flat_scales = a.flatten(0, 1), row_scales(experts * each, k)
     out = torch.empty(experts, each, n, dtype=torch.bfloat16, device="cuda")
     flat_out = out.flatten(0, 1)
     count = torch.full((experts,), each, dtype=torch.int32, device="cuda")

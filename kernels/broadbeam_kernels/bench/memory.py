@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -33,7 +33,7 @@ from ..rope_quantize import LatentCache, Rotary, rope_quantize
 from ..silu_mul_quant import silu_mul_quant, silu_mul_quant_masked
 from ..testing import gaussian, nbytes
 from . import peers
-from .case import Case, ready
+from .case import Case, in_turn, ready
 
 ROWS, HIDDEN = 8192, 7168
 E4M3 = torch.float8_e4m3fn
@@ -78,11 +78,6 @@ def quantizers() -> Iterator[Case]:
         yield Case("dequantize", f"{name} {shape}", partial(dequantize, packed), moved)
 
 
-def _in_turn(calls: Sequence[Callable[[], object]]) -> list[object]:
-    """Every call's result, all kept, so that no call writes where the cache holds what another wrote."""
-    return [call() for call in calls]
-
-
 def silu() -> Iterator[Case]:
     """SiLU-mul-quant, flat and masked."""
     y = gaussian(ROWS, 2 * HIDDEN)
@@ -99,7 +94,7 @@ def silu() -> Iterator[Case]:
     # The cache is full of the flush's own lines, and writing them back is a quarter of so short a call. Calls
     # in a row, whose inputs no cache holds together, write back one another's lines.
     calls = [partial(silu_mul_quant_masked, gaussian(32, slots, 2 * hidden), count) for _ in range(4)] * 2
-    yield Case("silu_mul_quant", f"{name}, 8 calls in a row", partial(_in_turn, calls), 8 * moved)
+    yield Case("silu_mul_quant", f"{name}, 8 calls in a row", partial(in_turn, calls), 8 * moved)
 
 
 def concat() -> Iterator[Case]:

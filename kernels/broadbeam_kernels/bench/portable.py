@@ -18,8 +18,8 @@ from ..masked_gemm import masked_fp4_gemm, masked_gemm
 from ..scaled_gemm import scaled_gemm
 from ..testing import nbytes
 from .case import Call, Case, ready
-from .matrix import GROUPED, _codes, _row_scales, _tile_scales
-from .packed import EXPERTS, _activations, _weights
+from .matrix import GROUPED, codes, row_scales, tile_scales
+from .packed import EXPERTS, activations, fp4_weights
 
 DENSE = ((4096, 4096, 7168), (4096, 7168, 2048), (128, 4096, 7168), (16, 7168, 16384), (1, 7168, 2048))
 SCALED = ((4096, 7168, 2048), (16, 7168, 2048))
@@ -47,7 +47,7 @@ def forced(fn: Callable[..., object], *arguments: Any) -> Call:
 def masked_bf16() -> Iterator[Case]:
     """Masked grouped bf16, all slots in use and 16 of them; the contiguous form of the same tokens beside."""
     for experts, slots, n, k in GROUPED:
-        a = _activations(experts * slots, k).view(experts, slots, k)
+        a = activations(experts * slots, k).view(experts, slots, k)
         b = torch.randn(experts, n, k, device="cuda", dtype=torch.bfloat16)
         out = torch.empty(experts, slots, n, device="cuda", dtype=torch.bfloat16)
         blocks = _blocks(experts, slots, 256 if slots % 256 == 0 else 128)
@@ -67,9 +67,9 @@ def masked_bf16() -> Iterator[Case]:
 def masked_fp4() -> Iterator[Case]:
     """Masked grouped NVFP4 weights: 16 of few and of many slots, and many of many; contiguous beside."""
     for experts, n, k in EXPERTS:
-        weights = _weights(experts, n, k, NVFP4)
+        weights = fp4_weights(experts, n, k, NVFP4)
         for slots, used in ((16, 16), (128, 16), (1024, 16), (1024, 256)):
-            x, block = _activations(experts * slots, k), min(used, 128)
+            x, block = activations(experts * slots, k), min(used, 128)
             rows = x[: experts * used]
             contiguous = partial(grouped_fp4_gemm, rows, weights, _blocks(experts, used, block))
             yield Case(
@@ -86,18 +86,18 @@ def masked_fp4() -> Iterator[Case]:
 
 
 def _random(rows: int, k: int, fmt: Nvfp4 | Mxfp4) -> Quantized:
-    codes = torch.randint(0, 256, (rows, k // 2), dtype=torch.uint8, device="cuda")
+    packed = torch.randint(0, 256, (rows, k // 2), dtype=torch.uint8, device="cuda")
     nvfp4 = isinstance(fmt, Nvfp4)
     scales = torch.full((rows, k // fmt.block), 0x38 if nvfp4 else 127, dtype=torch.uint8, device="cuda")
     one = torch.ones(1, device="cuda") if nvfp4 else None
-    return Quantized(codes, scales.view(torch.float8_e4m3fn) if nvfp4 else scales, fmt, (rows, k), one)
+    return Quantized(packed, scales.view(torch.float8_e4m3fn) if nvfp4 else scales, fmt, (rows, k), one)
 
 
 def block_scaled() -> Iterator[Case]:
     """W4A4; where tensor cores do not take FP4 the row says `decoded`, and bf16 products are its floor."""
     native = paths.multiplies_block_scaled(torch.device("cuda"))
     for m, n, k in SCALED:
-        x, dense = _activations(m, k), torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
+        x, dense = activations(m, k), torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
         for name, fmt in (("nvfp4", NVFP4), ("mxfp4", MXFP4)):
             a, b = _random(m, k, fmt), _random(n, k, fmt)
             yield Case(
@@ -114,8 +114,8 @@ def block_scaled() -> Iterator[Case]:
 def portable_fp8() -> Iterator[Case]:
     """The portable FP8 body; the device's own beside (the same one, where it has no other)."""
     for m, n, k in DENSE:
-        a = Quantized(_codes(m, k), _row_scales(m, k), FP8_BLOCK128_COLUMN, (m, k))
-        b = Quantized(_codes(n, k), _tile_scales(1, n, k)[0], FP8_BLOCK128_WEIGHT, (n, k))
+        a = Quantized(codes(m, k), row_scales(m, k), FP8_BLOCK128_COLUMN, (m, k))
+        b = Quantized(codes(n, k), tile_scales(1, n, k)[0], FP8_BLOCK128_WEIGHT, (n, k))
         out = torch.empty(m, n, dtype=torch.bfloat16, device="cuda")
         yield Case(
             "portable_gemm",
