@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from broadbeam_crds.rules import experts, fitting, names, pools, serving, support
+from broadbeam_crds.rules import experts, fitting, models, names, pools, serving, support
 from broadbeam_crds.rules.rule import Rule, Violation
 from broadbeam_crds.v1alpha1 import ServingCluster
 
@@ -17,6 +17,7 @@ __all__ = ["RULES", "Violation", "validate"]
 RULES: Final[tuple[Rule, ...]] = (
     *names.RULES,
     *pools.RULES,
+    *models.RULES,
     *experts.RULES,
     *serving.RULES,
     *support.RULES,

@@ -29,6 +29,7 @@ from broadbeam_operator.plan import Plan
 State = Literal["Available", "Progressing", "Degraded", "Unavailable", "Refused"]  # what kubectl get shows
 
 MAX_MESSAGE = 1024
+MOST_REFUSALS = 16  # of a spec, each a line: who mends these sees the rest
 SHOWN = 3  # problems in one message; the rest is a number
 
 
@@ -100,7 +101,7 @@ def status(
 def refused(seen: Observed, reason: str, messages: Sequence[str], now: datetime) -> Object:
     """The status of a cluster whose spec cannot be built: as before, but for one condition."""
     kept = {key: value for key, value in seen.status.items() if key != "conditions"}
-    finding = Finding("Accepted", False, reason, "; ".join(messages))
+    finding = Finding("Accepted", False, reason, _listed(messages, "; ", shown=MOST_REFUSALS))
     others = [each for each in seen.status.get("conditions") or () if each["type"] != "Accepted"]
     return {
         **kept,
@@ -229,10 +230,10 @@ def _degraded(seen: Observed, views: Sequence[PoolView]) -> Finding:
     return Finding("Degraded", False, "Healthy", "no pod is known to fail")
 
 
-def _listed(words: Sequence[str], separator: str = ", ") -> str:
-    rest = len(words) - SHOWN
-    text = separator.join(words[:SHOWN]) + (f" and {rest} more" if rest > 0 else "")
-    return text[:MAX_MESSAGE]
+def _listed(words: Sequence[str], separator: str = ", ", shown: int = SHOWN) -> str:
+    rest = len(words) - shown
+    text = separator.join(word[:MAX_MESSAGE] for word in words[:shown])
+    return text + (f" and {rest} more" if rest > 0 else "")
 
 
 def _summary(views: Sequence[PoolView], findings: Sequence[Finding]) -> Summary:

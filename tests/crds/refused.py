@@ -466,6 +466,22 @@ REFUSED: list[Row] = [
         by="operator",
     ),
     Row(
+        "heads that cannot be cut",
+        vllm(
+            data=1,
+            model=SMOL,
+            parallelism={"tensor": 2},
+            accelerator={"perNode": 2},
+        ),
+        "spec.pools[main].parallelism.tensor: 2 does not divide the model's 9 attention heads",
+    ),
+    Row(
+        "ranks of a dense model under vLLM",
+        vllm(data=2, model=SMOL),
+        'spec.pools[main].parallelism.data: 2, but model "SmolLM2-135M" has no experts for engine vllm to '
+        "share out; it must be 1, and groups may be more",
+    ),
+    Row(
         "an uneven split of a model that is known by its repository",
         vllm(data=3, model={"name": "chat", "source": "hf://deepseek-ai/DeepSeek-R1"}),
         "spec.pools[main].parallelism: (experts + redundantExperts) % EP degree = (256 + 0) % 3 = 1; "

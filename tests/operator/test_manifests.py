@@ -356,6 +356,20 @@ def test_the_template_of_a_pool_is_laid_over_the_generated_one():
 
 
 @pytest.mark.parametrize(
+    ("cpu", "memory", "asked"),
+    [
+        pytest.param("1.5", "1.5Gi", {"cpu": "1.5", "memory": "1.5Gi"}, id="as they are"),
+        pytest.param("0.0001", "1.1Gi", {"cpu": "1m", "memory": "1181116007"}, id="a part counts as one"),
+        pytest.param("1.0001", "1500m", {"cpu": "1001m", "memory": "2"}, id="of cores and bytes"),
+    ],
+)
+def test_a_pod_asks_for_what_the_api_server_stores(cpu, memory, asked):
+    cluster = serving_cluster(pools=[pool("both", resources={"cpu": cpu, "memory": memory}, kvCache={})])
+    (template,) = engine_templates(cluster)
+    assert template["spec"]["containers"][0]["resources"]["requests"] == asked
+
+
+@pytest.mark.parametrize(
     ("kv", "role"),
     [
         pytest.param({"transfer": {"connector": "tcp"}}, "decode", id="it may fetch KV"),

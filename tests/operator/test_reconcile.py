@@ -247,6 +247,20 @@ async def test_a_refused_cluster_says_everything_that_is_wrong(world):
     assert "spec.pools[both].template.specs: unknown field" in message
 
 
+async def test_a_refusal_fits_its_condition_however_much_is_wrong(world):
+    pools = [
+        pool(f"p{i}", "both", autoscaling={"maxGroups": 9}, template={"z" * 9999: {}}) for i in range(16)
+    ]
+    await world.put(serving_cluster(pools=pools))
+    await world.once()
+    assert await world.condition("Accepted") == ("False", "Refused")
+    message = next(each for each in (await world.status())["conditions"] if each["type"] == "Accepted")[
+        "message"
+    ]
+    assert "spec.pools[p0].autoscaling" in message
+    assert message.endswith(" and 16 more")
+
+
 async def test_a_spec_of_another_version_is_refused_in_one_line(world):
     wire = serving_cluster().wire()
     wire["spec"]["pools"][0]["future"] = 1

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from broadbeam_crds.model_shapes import SHAPES, shape_of
-from broadbeam_crds.rules.rule import Finding, cel_text, pool_in_spec_rule, pool_rule
+from broadbeam_crds.model_shapes import shape_of
+from broadbeam_crds.rules.models import DENSE, EXPERT_GROUPS, EXPERTS
+from broadbeam_crds.rules.rule import Finding, pool_in_spec_rule, pool_rule
 from broadbeam_crds.v1alpha1 import Pool, ServingCluster
 
 
@@ -71,28 +72,6 @@ def _decode_threshold(pool: Pool, _: ServingCluster) -> Finding | None:
     return {"value": overlap.decode_threshold, "limit": limit}
 
 
-def _known() -> str:
-    """CEL map: routed experts of each known model by its key in SHAPES; 0 for a dense one."""
-    counts = {name: shape.experts.count if shape.experts else 0 for name, shape in SHAPES.items()}
-    return "{" + ", ".join(f"{cel_text(name)}: {count}" for name, count in counts.items()) + "}"
-
-
-# As `shape_of`: by the name, and else by where the weights are.
-_LAST: Final = "{0}.lowerAscii().substring({0}.lastIndexOf('/') + 1)"
-_NAME: Final = _LAST.format("self.model.name")
-_PLACE: Final = f"{_LAST.format('self.model.source')}.split('?')[0]"
-_SCHEME: Final = "self.model.source.startsWith('{0}://')"
-_KEY: Final = (
-    f"({_SCHEME.format('tiny')} ? 'tiny-' + {_PLACE} : "
-    f"({_SCHEME.format('hf')} && !({_NAME} in {_known()}) ? {_PLACE} : {_NAME}))"
-)
-_GIVEN: Final = "has(self.model.architecture)"
-# A list of one, for CEL has no other way to name a value that is used more than once.
-_EXPERTS: Final = (
-    f"({_GIVEN} ? (has(self.model.architecture.experts) ? self.model.architecture.experts.count : 0) : "
-    f"[{_KEY}].map(k, k in {_known()} ? {_known()}[k] : 0)[0])"
-)
-_DENSE: Final = f"[{_KEY}].exists(k, k in {_known()} && {_known()}[k] == 0)"
 _REDUNDANT: Final = "(has(p.expertLoadBalancing) ? p.expertLoadBalancing.redundantExperts : 0)"
 _DEGREE: Final = "(p.parallelism.data * p.parallelism.tensor)"
 _ONE_RANK: Final = "self.parallelism.data * self.parallelism.tensor == 1"
@@ -103,12 +82,12 @@ RULES: Final = (
         "spec.pools[{pool}].parallelism: (experts + redundantExperts) % EP degree = "
         "({experts} + {redundant}) % {degree} = {value}; it must be {limit}",
         _uneven,
-        f"{_EXPERTS} > 0 && ({_EXPERTS} + {_REDUNDANT}) % {_DEGREE} != 0",
+        f"{EXPERTS} > 0 && ({EXPERTS} + {_REDUNDANT}) % {_DEGREE} != 0",
         {
-            "experts": f"string({_EXPERTS})",
+            "experts": f"string({EXPERTS})",
             "redundant": f"string({_REDUNDANT})",
             "degree": f"string({_DEGREE})",
-            "value": f"string(({_EXPERTS} + {_REDUNDANT}) % {_DEGREE})",
+            "value": f"string(({EXPERTS} + {_REDUNDANT}) % {_DEGREE})",
             "limit": "'0'",
         },
     ),
@@ -129,7 +108,7 @@ RULES: Final = (
     pool_in_spec_rule(
         'spec.pools[{pool}].expertLoadBalancing: model "{model}" has no experts to balance',
         _balancing_dense,
-        f"has(p.expertLoadBalancing) && ({_GIVEN} ? !has(self.model.architecture.experts) : {_DENSE})",
+        f"has(p.expertLoadBalancing) && {DENSE}",
         {"model": "self.model.name"},
     ),
     pool_in_spec_rule(
@@ -137,9 +116,8 @@ RULES: Final = (
         "({value}) to be a multiple of parallelism.nodes {limit}",
         _hierarchical,
         "has(p.expertLoadBalancing) && p.expertLoadBalancing.strategy == 'hierarchical' && "
-        f"{_GIVEN} && has(self.model.architecture.experts) && "
-        "self.model.architecture.experts.groups % p.parallelism.nodes != 0",
-        {"value": "string(self.model.architecture.experts.groups)", "limit": "string(p.parallelism.nodes)"},
+        f"{EXPERT_GROUPS} % p.parallelism.nodes != 0",
+        {"value": f"string({EXPERT_GROUPS})", "limit": "string(p.parallelism.nodes)"},
     ),
     pool_rule(
         "spec.pools[{pool}].expertLoadBalancing.window: {value} is above interval {limit}; "

@@ -57,7 +57,7 @@ class Rule:
         """The message as a CEL expression: 'text %s text'.format([expression, ...]).
 
         Not a sum of strings: the API server takes string(integer) to be of unbounded length, so every sum
-        of one is beyond the cost it allows, and format is not (it needs Kubernetes 1.29).
+        of one is beyond the cost it allows, and format is not (it needs Kubernetes 1.30).
         """
         assert self.cel is not None
         text, *rest = re.split(r"\{(\w+)\}", self.message.replace("%", "%%"))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
-from broadbeam_crds.v1alpha1 import Pool
+from broadbeam_crds.quantity import SUFFIXES, Quantity
+from broadbeam_crds.v1alpha1 import Pool, Resources
 from broadbeam_operator.cluster import Object
 
 # Where each vendor's node labeller writes the product.
@@ -29,9 +31,16 @@ def placement(pool: Pool, selector: Mapping[str, str]) -> Object:
 
 def resources(pool: Pool) -> Object:
     """Devices and memory are limits too; CPU is not, for a throttled engine stalls its whole group."""
-    asked = pool.resources.wire() if pool.resources else {}
-    device = pool.accelerator
+    asked, device = pool.resources or Resources(), pool.accelerator
     devices = {} if device.resource == "cpu" else {device.resource: str(device.per_node)}
-    requests = {key: str(value) for key, value in asked.items()} | devices
-    limits = {key: value for key, value in requests.items() if key != "cpu"}
+    cpu = {"cpu": _whole(asked.cpu, "m")} if asked.cpu else {}
+    limits = ({"memory": _whole(asked.memory, "")} if asked.memory else {}) | devices
+    requests = cpu | limits
     return {key: value for key, value in (("requests", requests), ("limits", limits)) if value}
+
+
+def _whole(quantity: Quantity, suffix: str) -> str:
+    """A part of a byte or of a thousandth of a core counts as one: the API server would write it so, and then
+    no two looks at the object would agree."""
+    parts = quantity.amount / SUFFIXES[suffix]
+    return str(quantity) if parts == int(parts) else f"{math.ceil(parts)}{suffix}"
