@@ -38,9 +38,9 @@ class KnownHead(msgspec.Struct, eq=False):
 
     def split(self, data: bytes) -> tuple[int, bytes]:
         """The Content-Length in `data`, which begins with `before`, and what comes after the head; 0 as the
-        length of what has another head."""
-        digits, _, rest = data[len(self.before) :].partition(self.after)
-        if not digits.isdigit() or len(digits) > MAX_DIGITS:
+        length of what has another head, or not yet the whole of it."""
+        digits, after, rest = data[len(self.before) :].partition(self.after)
+        if not after or not digits.isdigit() or len(digits) > MAX_DIGITS:
             return 0, b""
         return int(digits), rest
 

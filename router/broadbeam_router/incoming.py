@@ -36,29 +36,34 @@ class RequestReader:
 
     __slots__ = (
         "_body", "_body_size", "_fed", "_first", "_headers", "_heads", "_known", "_lessons", "_max_body",
-        "_max_head", "_missing", "_on_expect", "_on_request", "_parser", "_progress", "_recent", "_size",
-        "_still", "_url", "failure",
+        "_max_head", "_missing", "_on_expect", "_on_request", "_open", "_parser", "_progress", "_recent",
+        "_size", "_still", "_url", "failure",
     )  # fmt: skip
 
     def __init__(
-        self, limits: LimitsConfig, on_request: Callable[[Request], None], on_expect: Callable[[], None]
+        self,
+        limits: LimitsConfig,
+        on_request: Callable[[Request], None],
+        on_expect: Callable[[], None],
+        lessons: int = LESSONS,
     ) -> None:
         self._max_head = limits.max_header_bytes
         self._max_body = limits.max_body_bytes
         self._on_request = on_request
         self._on_expect = on_expect
         self._parser = httptools.HttpRequestParser(self)
-        self._body: list[bytes] = []
+        self._body = bytearray()  # and no list: a body may come two bytes at a time
         self._size = 0  # bytes of the read being parsed
         self._fed = 0  # bytes read for the request being read, or somewhat more
         self._still = 0  # bytes since the parser last told of any
         self._progress = (0, 0, 0)
-        self._lessons = LESSONS
+        self._lessons = lessons
         self._first = b""  # how the request being parsed begins, while there are lessons
         self._known: KnownHead | None = None
         self._missing = 0  # bytes of the body of a request with the known head
         self.failure: RequestError | None = None  # sticks: no request is read after it
         self.on_message_begin()
+        self._open = False  # the parser is within a request
 
     def feed(self, data: bytes) -> None:
         """Take what came; `failure` is set when it cannot be served."""
@@ -79,13 +84,13 @@ class RequestReader:
         known, missing = self._known, self._missing
         assert known is not None
         if len(data) < missing:
-            self._body.append(data)
+            self._body += data
             self._missing -= len(data)
             return b""
         body = data[:missing]
         if self._body:
-            body = b"".join((*self._body, body))
-            self._body = []
+            body = bytes(self._body + body)
+            self._body = bytearray()
         self._missing = 0
         self._on_request(Request(known.head, body))
         return data[missing:]
@@ -99,27 +104,30 @@ class RequestReader:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._fail(MalformedHttp(f"malformed HTTP: {error}"))
-        if self._fed:
+        if self._open:
             self._watch_progress(size)
+        else:
+            self._fed = 0  # whatever came behind a request, line ends that some clients send there
 
     @property
     def halfway(self) -> bool:
         """Whether a part of a request has come."""
-        return self._fed > 0 or self._missing > 0
+        return self._open or self._missing > 0
 
     def _watch_progress(self, size: int) -> None:
         """A request is not whole: neither its head nor what the parser swallows unsaid may grow for ever."""
-        progress = (len(self._url), len(self._heads), self._body_size)
-        self._still = 0 if progress != self._progress else self._still + size
+        before, progress = self._progress, (len(self._url), len(self._heads), self._body_size)
+        self._still = 0 if progress != before else self._still + size
         self._progress = progress
         if self._still > self._max_head:
             self._fail(self._head_too_large())
-        elif self._fed > self._max_head:
+        elif self._fed > self._max_head and progress[:2] != before[:2]:
             self._check_head_size()
 
     # -- called by the parser -------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
+        self._open = True
         self._url = b""
         self._heads: list[tuple[bytes, bytes]] = []
         self._body_size = 0
@@ -147,13 +155,13 @@ class RequestReader:
             self._fail(MalformedHttp("Upgrade and CONNECT are not supported"))
         if self._fed > self._max_head:
             self._check_head_size()
-        if b"expect" in headers and self.failure is None:
+        if b"expect" in headers and self._recent and self.failure is None:
             self._on_expect()
 
     def on_body(self, data: bytes) -> None:
         self._body_size += len(data)
         if self._body_size <= self._max_body:
-            self._body.append(data)
+            self._body += data
         else:
             self._fail(self._body_too_large())
 
@@ -170,12 +178,15 @@ class RequestReader:
             self._recent and self._parser.should_keep_alive(),
             self._recent,
         )
-        body = b"".join(self._body)
-        self._body = []
+        body = bytes(self._body)
+        self._body = bytearray()
         if self._first:
             self._lessons -= 1
             self._known = known_head(self._first, head, len(body))
             self._first = b""
+        elif not head.keep_alive:
+            self._known = None  # nothing is read after the last request
+        self._open = False
         self._fed = 0
         self._on_request(Request(head, body))
 
