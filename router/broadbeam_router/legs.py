@@ -6,10 +6,12 @@ rank gets the request as the client sent it and, verbatim, what the prefill rank
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import msgspec
 from msgspec import Raw
 
-from broadbeam_router.openai import ROUTING_FIELDS, top_level
+from broadbeam_router.openai import EXTRA_FIELDS, ROUTING_FIELDS, top_level
 
 _encode = msgspec.json.Encoder().encode
 _KEEP_BLOCKS = Raw(
@@ -37,6 +39,10 @@ def stripped(body: bytes) -> bytes:
     members = top_level(body)
     for name in ROUTING_FIELDS:
         members.pop(name, None)
+    if EXTRA_FIELDS in members:
+        with suppress(msgspec.ValidationError):  # no object: the engine refuses it
+            extra = top_level(bytes(members[EXTRA_FIELDS]))
+            members[EXTRA_FIELDS] = Raw(_encode({k: v for k, v in extra.items() if k not in ROUTING_FIELDS}))
     return _encode(members)
 
 

@@ -22,9 +22,10 @@ ROUTING_FIELDS = (
     "bootstrap_room",
     "data_parallel_rank",
 )
+EXTRA_FIELDS = "vllm_xargs"  # vLLM takes any field from this object too
 
-_routing = attrgetter(*ROUTING_FIELDS)
-_NO_ROUTING = (UNSET,) * len(ROUTING_FIELDS)
+_routing = attrgetter(*ROUTING_FIELDS, EXTRA_FIELDS)
+_NO_ROUTING = (UNSET,) * (len(ROUTING_FIELDS) + 1)
 
 Choices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
 Tokens = Annotated[int, Meta(ge=1)]
@@ -46,10 +47,11 @@ class Fields(msgspec.Struct, kw_only=True):
     bootstrap_port: Raw | UnsetType = UNSET
     bootstrap_room: Raw | UnsetType = UNSET
     data_parallel_rank: Raw | UnsetType = UNSET
+    vllm_xargs: Raw | UnsetType = UNSET
 
     @property
     def steers(self) -> bool:
-        """Whether the client sent one of ROUTING_FIELDS."""
+        """Whether the client sent one of ROUTING_FIELDS, or an object where one may hide."""
         return _routing(self) != _NO_ROUTING
 
     @property
@@ -139,6 +141,9 @@ def _explained(body: bytes, error: Exception) -> InvalidRequest:
             return InvalidRequest(f"the body must be a JSON object: {message}")
         return InvalidRequest(f"{missing[1]} is required", missing[1])
     field = place["field"]
-    value = _shown(top_level(body)[field])
+    try:
+        value = _shown(top_level(body)[field])
+    except (msgspec.DecodeError, RecursionError) as deeper:  # after the field at fault, the body is broken
+        return _explained(body, deeper)
     what = place["what"].replace("`", "").replace("Expected ", "").split(", got")[0]
     return InvalidRequest(f"{field}{place['rest']} must be {what}, got {value}", field)

@@ -7,13 +7,17 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from broadbeam_crds.engine_config import ConfigError
 from broadbeam_crds.gateway_config import AuthConfig, LimitsConfig
 from broadbeam_router.auth import ApiKeys
-from broadbeam_router.errors import SHAPES, RequestError, Unauthorized
+from broadbeam_router.errors import SHAPES, InvalidRequest, RequestError, Unauthorized, error_body
 from broadbeam_router.fake_engine import Script
 from broadbeam_router.heads import Head
+from broadbeam_router.legs import stripped
+from broadbeam_router.openai import chat_fields, completion_fields
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -129,6 +133,41 @@ async def test_the_body_reaches_the_engine_byte_for_byte(rig) -> None:
             "the body is not JSON: maximum recursion depth exceeded while deserializing an object",
             id="nested too deep",
         ),
+        pytest.param(
+            CHAT,
+            b'{"model":1,',
+            None,
+            "the body is not JSON: Input data was truncated",
+            id="truncated after a wrong field",
+        ),
+        pytest.param(
+            CHAT,
+            b'{"model":"m","messages":[' + b"[" * 100_000,
+            None,
+            "the body is not JSON: maximum recursion depth exceeded while deserializing an object",
+            id="nested too deep after a wrong field",
+        ),
+        pytest.param(
+            CHAT,
+            b"\xef\xbb\xbf{}",
+            None,
+            "the body is not JSON: JSON is malformed: invalid character (byte 0)",
+            id="a byte order mark",
+        ),
+        pytest.param(
+            CHAT,
+            b'{"model":"m","messages":[{}],"temperature":NaN}',
+            None,
+            "the body is not JSON: JSON is malformed: invalid character (byte 43)",
+            id="NaN",
+        ),
+        pytest.param(
+            CHAT,
+            b'{"model":"m","messages":[{}],"n":18446744073709551617}',
+            "n",
+            "n must be int <= 128, got 18446744073709551617",
+            id="a big integer",
+        ),
     ],
 )
 async def test_a_wrong_body_is_refused_by_field_value_and_limit(rig, path, body, param, message) -> None:
@@ -141,6 +180,23 @@ async def test_a_wrong_body_is_refused_by_field_value_and_limit(rig, path, body,
         "code": None,
     }
     assert not rig["d"].seen
+
+
+@given(st.data())
+def test_any_bytes_are_a_request_or_refused_as_one(data) -> None:
+    good = b'{"model":"m","prompt":["a"],"messages":[{"a":[1.5e3]}],"n":1,"kv_transfer_params":{"b":null}}'
+    start = data.draw(st.integers(0, len(good)))
+    stop = data.draw(st.integers(start, len(good)))
+    body = good[:start] + data.draw(
+        st.binary(max_size=6) | st.text('{}[]",:0a\\', max_size=6).map(str.encode)
+    )
+    body += good[stop:]
+    for fields_of in (chat_fields, completion_fields):
+        try:
+            if fields_of(body).steers:
+                assert b"kv_transfer_params" not in stripped(body)
+        except InvalidRequest as error:
+            error_body(error)
 
 
 async def test_a_long_wrong_value_is_shown_in_part(rig) -> None:
@@ -177,6 +233,11 @@ async def test_the_last_of_two_equal_fields_counts_as_for_the_engine(rig) -> Non
         pytest.param(b'"bootstrap_host":"evil","bootstrap_port":1,"bootstrap_room":2', id="sglang"),
         pytest.param(b'"ec_transfer_params":{"peer_host":"evil"}', id="encoder"),
         pytest.param(b'"data_parallel_rank":3', id="rank"),
+        pytest.param(b'"kv_transfer_params":{"a":1},"kv_transfer_params":{"a":"evil"}', id="twice"),
+        pytest.param(
+            b'"vllm_xargs":{"kv\\u005ftransfer_params":"evil","bootstrap_host":"evil"}', id="inside"
+        ),
+        pytest.param(b'"vllm_xargs":{"kv_transfer_params":"evil"},"vllm_xargs":{}', id="inside the first"),
     ],
 )
 @pytest.mark.parametrize(
@@ -197,8 +258,16 @@ async def test_a_client_cannot_steer_the_transfer(rig_of, roles, steering) -> No
             "max_tokens",
             "n",
             "kv_transfer_params",
+            "vllm_xargs",
         }
         assert fields["keep"] == [1]
+        assert not fields.get("vllm_xargs")
+
+
+@pytest.mark.parametrize("extra", [{"mine": 1}, [1], None, "x"], ids=str)
+async def test_other_extra_arguments_reach_the_engine(rig, extra) -> None:
+    assert (await rig.chat(vllm_xargs=extra)).status == 200
+    assert rig["d"].seen[0].json["vllm_xargs"] == extra
 
 
 async def test_engines_get_no_header_that_names_a_host_or_holds_a_key(rig) -> None:
