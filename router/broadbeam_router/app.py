@@ -84,7 +84,10 @@ class Gateway:
         except RequestError as error:
             name = "other" if route is None else route.name
             self.metrics.answered(name, SHAPES[type(error)].status, time.perf_counter() - started_s)
-            client.respond_error(error, echoed_id(request.head))
+            headers = echoed_id(request.head)
+            if isinstance(error, MethodNotAllowed):
+                headers += b"Allow: GET, HEAD\r\n" if route is None else b"Allow: POST\r\n"
+            client.respond_error(error, headers)
         return None
 
     def refused(self, error: RequestError) -> None:
@@ -139,12 +142,13 @@ class Gateway:
             raise ModelNotFound(f"The model `{fields.model[:256]}` does not exist.", "model")
         if not self.fleet.decode:
             raise NoEndpoint("no decode engine is ready")
-        self.in_flight += 1
+        body = legs.stripped(request.body) if fields.steers else request.body
+        self.in_flight += 1  # from here on `ended` is called
         return Call(
             client=client,
             route=route.name,
             path=head.path,
-            body=legs.stripped(request.body) if fields.steers else request.body,
+            body=body,
             id_line=line,
             trace_lines=trace_lines(head) if b"traceparent" in head.headers else b"",
             started_s=started_s,

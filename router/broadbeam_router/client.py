@@ -83,8 +83,8 @@ class Server:
 
 class ClientConnection(asyncio.Protocol):
     __slots__ = (
-        "_carrier", "_chunked", "_keep_alive", "_paused", "_queue", "_reader", "_refused", "_request",
-        "_server", "_source", "_stream_head", "_transport", "_unread", "_work", "deadline",
+        "_begun", "_carrier", "_chunked", "_keep_alive", "_paused", "_queue", "_reader", "_refused",
+        "_request", "_server", "_source", "_stream_head", "_transport", "_unread", "_work", "deadline",
     )  # fmt: skip
 
     def __init__(self, server: Server) -> None:
@@ -98,6 +98,7 @@ class ClientConnection(asyncio.Protocol):
         self._stream_head: bytes | None = None  # of a started stream, until its first part is written
         self._chunked = True
         self._keep_alive = True
+        self._begun = False  # a part of a request has come, and none is served
         self._paused = False  # the client does not read what was written
         self._unread = 0  # bytes of it when last looked at
         self._refused = False  # nothing further is read from this client
@@ -136,8 +137,8 @@ class ClientConnection(asyncio.Protocol):
             self._transport.close()  # and not abort: the kernel may still hold a part of the last answer
 
     def drain(self) -> None:
-        """Close when the request being served, if any, is answered."""
-        if self._request is None and not self._queue:
+        """Close when the request being served or read, if any, is answered."""
+        if self._request is None and not self._queue and not self._reader.halfway:
             self._transport.close()
 
     def abort(self) -> None:
@@ -148,12 +149,16 @@ class ClientConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
-        self._reader.feed(data)
-        if self._reader.failure is not None:
-            self._refuse(self._reader.failure)
+        reader = self._reader
+        reader.feed(data)
+        if reader.failure is not None:
+            self._refuse(reader.failure)
+        elif self._request is None and not self._begun and reader.halfway:
+            self._begun = True
+            self.deadline = self._server.now() + self._server.idle_s
 
     def _take(self, request: Request) -> None:
-        if self._request is None and not self._queue:
+        if self._request is None and not self._queue and not self._paused:
             self._start(request)
         else:
             self._queue.append(request)
@@ -168,9 +173,14 @@ class ClientConnection(asyncio.Protocol):
     def _start(self, request: Request) -> None:
         self._request = request
         self._keep_alive = request.head.keep_alive and not self._server.draining
+        self._begun = False
         self.deadline = NEVER
         handler = self._server.handler
-        work = self._work = handler.handle(self, request)
+        try:
+            work = self._work = handler.handle(self, request)
+        except Exception as error:  # the outermost frame of a request
+            self._fault(error)
+            return
         if work is not None:
             carrier = self._carrier = handler.carry(work, self._served)
             carrier.start()
@@ -188,9 +198,12 @@ class ClientConnection(asyncio.Protocol):
         elif isinstance(error, asyncio.CancelledError):
             self._transport.abort()
         else:
-            context = {"message": "a request failed inside the gateway", "exception": error}
-            self._server.loop.call_exception_handler(context)
-            self.respond_error(InternalError("the gateway failed; its log says why"), work.id_line)
+            self._fault(error, work.id_line)
+
+    def _fault(self, error: BaseException, headers: bytes = b"") -> None:
+        context = {"message": "a request failed inside the gateway", "exception": error}
+        self._server.loop.call_exception_handler(context)
+        self.respond_error(InternalError("the gateway failed; its log says why"), headers)
 
     def _finish(self) -> None:
         """The answer is written: take up what waits, or close."""
@@ -204,7 +217,8 @@ class ClientConnection(asyncio.Protocol):
             self.deadline = server.now() + server.idle_s
 
     def _next(self) -> None:
-        if self._queue and self._request is None:
+        """Take up what waits, unless the client leaves its answers unread: they would fill memory."""
+        if self._queue and self._request is None and not (self._paused or self._transport.is_closing()):
             waiting = self._queue.popleft()
             if not self._queue and not self._refused:
                 self._transport.resume_reading()
@@ -305,3 +319,4 @@ class ClientConnection(asyncio.Protocol):
         self.deadline = NEVER if self._request else self._server.now() + self._server.idle_s
         if self._source is not None:
             self._source.resume()
+        self._next()

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 import pytest
 
 from broadbeam_crds.gateway_config import LimitsConfig, TimeoutsConfig
+from broadbeam_router.app import Route
 from broadbeam_router.fake_engine import Script
+from broadbeam_router.openai import Fields
+from broadbeam_router.serve import drain
 
 BODY = b'{"model":"m","messages":[{"role":"user","content":"hi"}]}'
 POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\n"
@@ -19,6 +23,14 @@ LIMITS = LimitsConfig(max_body_bytes=1000, max_header_bytes=1000, max_connection
 @pytest.fixture
 async def rig(rig_of):
     return await rig_of({"d": "decode"}, limits=LIMITS)
+
+
+async def until(condition) -> None:
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("not in time")
 
 
 def chunked(body: bytes, size: int) -> bytes:
@@ -152,6 +164,28 @@ async def test_a_client_may_wait_for_continue(rig) -> None:
     writer.close()
 
 
+async def test_an_old_client_is_not_told_to_continue(rig) -> None:
+    head = b"POST /v1/chat/completions HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
+    assert (await rig.raw(head % len(BODY) + BODY)).startswith(b"HTTP/1.1 200 OK")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        pytest.param(b"OPTIONS", b"/v1/chat/completions", b"POST", id="OPTIONS"),
+        pytest.param(b"HEAD", b"/v1/completions", b"POST", id="HEAD"),
+        pytest.param(b"DELETE", b"/v1/models", b"GET, HEAD", id="DELETE"),
+    ],
+)
+async def test_a_method_that_is_not_allowed_is_answered_with_those_that_are(
+    rig, method, path, allowed
+) -> None:
+    answer = await rig.raw(b"%b %b HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % (method, path))
+    assert answer.startswith(b"HTTP/1.1 405 ")
+    assert b"\r\nAllow: %b\r\n" % allowed in answer
+    assert answer.endswith(b"\r\n\r\n") == (method == b"HEAD"), "a HEAD has no body"
+
+
 @pytest.mark.parametrize(
     "request_bytes",
     [
@@ -207,6 +241,74 @@ async def test_half_a_request_does_not_hold_a_connection_for_ever(rig_of) -> Non
     assert await rig.raw(b"") == b"", "and an idle one is closed"
 
 
+async def test_a_request_that_begins_late_on_a_kept_connection_has_all_its_time(rig_of) -> None:
+    rig = await rig_of({"d": "decode"}, timeouts=TimeoutsConfig(idle_s=2))
+    reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
+    writer.write(HEALTH)
+    await reader.readuntil(b"ok\n")
+    (connection,) = rig.running.public.connections
+    connection.deadline -= 1.8
+    writer.write(WHOLE[:-10])
+    await until(lambda: connection.deadline - asyncio.get_running_loop().time() > 1)
+    since = connection.deadline
+    writer.write(WHOLE[-10:-5])
+    await asyncio.sleep(0.05)
+    assert connection.deadline == since, "bytes one by one give it no more"
+    writer.write(WHOLE[-5:])
+    assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
+    writer.close()
+
+
+async def test_a_request_that_is_half_read_when_the_drain_begins_is_told_to_come_back(rig) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
+    writer.write(WHOLE[:-10])
+    await until(lambda: any(c._reader.halfway for c in rig.running.public.connections))
+    draining = asyncio.create_task(drain(rig.running, asyncio.Queue(), 20))
+    await until(lambda: rig.running.public.draining)
+    writer.write(WHOLE[-10:])
+    answer = await reader.read()
+    assert answer.startswith(b"HTTP/1.1 503 ")
+    assert b"\r\nRetry-After: 1\r\n" in answer
+    writer.close()
+    await draining
+
+
+@pytest.mark.parametrize("asked", ["page", "engine"])
+async def test_a_client_that_asks_on_and_on_and_never_reads_does_not_fill_memory(rig_of, asked) -> None:
+    rig = await rig_of({"d": "decode"}, models=["m", *(f"a-long-name-{i}" for i in range(200))])
+    rig["d"].script = lambda seen: Script(words=("x" * 50_000,))
+    request = WHOLE if asked == "engine" else HEALTH.replace(b"/health", b"/v1/models")
+    sock = socket.create_connection(("127.0.0.1", rig.port))
+    sock.setblocking(False)
+    await until(lambda: bool(rig.running.public.connections))
+    (connection,) = rig.running.public.connections
+    held = stuck = 0
+    while stuck < 20:
+        try:
+            sock.send(request * 500)
+            stuck = 0
+        except BlockingIOError:
+            stuck += 1  # the gateway reads no more
+        await asyncio.sleep(0.02)
+        held = max(held, connection._transport.get_write_buffer_size())
+    assert held < 2**18
+    sock.close()
+    await rig.settled()
+
+
+async def test_a_client_that_reads_at_last_gets_all_that_it_asked_for(rig_of) -> None:
+    rig = await rig_of({"d": "decode"}, models=["m", *(f"a-long-name-{i}" for i in range(200))])
+    reader, writer = await asyncio.open_connection("127.0.0.1", rig.port, limit=2**14)
+    ask = HEALTH.replace(b"/health", b"/v1/models")
+    writer.write(ask * 1999 + ask.replace(b"Host", b"Connection: close\r\nHost"))
+    await reader.readline()
+    (connection,) = rig.running.public.connections
+    await until(lambda: connection._paused)
+    answer = await reader.read()
+    assert answer.count(b"HTTP/1.1 200 OK") == 1999
+    writer.close()
+
+
 async def test_more_connections_than_allowed_are_turned_away(rig) -> None:
     await rig.http.close()
     held = [await asyncio.open_connection("127.0.0.1", rig.port) for _ in range(3)]
@@ -217,6 +319,19 @@ async def test_more_connections_than_allowed_are_turned_away(rig) -> None:
     assert answer.startswith(b"HTTP/1.1 429 ")
     for _, writer in held:
         writer.close()
+
+
+async def test_a_fault_of_the_gateway_is_an_answer_to_the_client_and_a_traceback_to_the_log(rig) -> None:
+    def broken(body: bytes) -> Fields:
+        raise ZeroDivisionError
+
+    complaints: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    rig.running.gateway._routes[b"/v1/completions"] = Route("completions", broken)
+    answer = await rig.completion()
+    assert (answer.status, answer.error["code"]) == (500, "internal_error")
+    assert [type(complaint["exception"]) for complaint in complaints] == [ZeroDivisionError]
+    assert (await rig.chat()).status == 200
 
 
 async def test_noise_never_breaks_the_gateway(rig) -> None:
