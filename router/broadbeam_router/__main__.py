@@ -6,7 +6,9 @@ import argparse
 import gc
 import logging
 import os
+import resource
 import sys
+from contextlib import suppress
 
 import msgspec
 import uvloop
@@ -33,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         here = _surroundings(flags, config)
         # What is loaded by now stays; without it the collector's full passes are shorter.
         gc.freeze()
+        _allow_connections()
         uvloop.run(serve(config, here))
     except ConfigError as error:
         print(f"broadbeam-router: {error}", file=sys.stderr)
@@ -41,6 +44,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"broadbeam-router: {error.strerror or error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _allow_connections() -> None:
+    """As many as the system lets us have: a shell's usual 1,024 descriptors are 500 requests."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _flags(argv: list[str] | None) -> argparse.Namespace:

@@ -6,7 +6,7 @@ import msgspec
 
 from broadbeam_router.errors import EngineFailed, EngineTimeout, NoEndpoint, RequestError
 from broadbeam_router.fleet import Member
-from broadbeam_router.upstream import Answer, UpstreamFailed
+from broadbeam_router.upstream import Answer, UpstreamConnection, UpstreamFailed
 
 BUSY = (408, 429)  # another endpoint may have room
 MAX_PARAMS_USES = 2  # decode endpoints that get the same kv_transfer_params
@@ -29,6 +29,7 @@ class Attempts(msgspec.Struct, eq=False):
     """What one leg has tried so far."""
 
     left: int
+    fresh: bool = False  # a kept connection was found closed: no more of those
     tried: list[Member] = []  # not to be picked again
     excused: list[Member] = []  # of these, the ones that may only have found the blocks gone
     forgiven: list[Member] = []  # were tried and may be again
@@ -40,9 +41,13 @@ class Attempts(msgspec.Struct, eq=False):
         self.tried.append(member)
 
     def take_back(self) -> None:
-        """The last one begun does not count."""
+        """The last one begun does not count: its connection had been kept too long."""
+        self.fresh = True
         self.left += 1
         self.tried.pop()
+
+    def kept(self, member: Member) -> UpstreamConnection | None:
+        return None if self.fresh else member.pool.take()
 
     def forgive(self) -> bool:
         """Excused engines are alive, and may use fresh blocks or none. False if there are none of them."""

@@ -111,7 +111,7 @@ class Forwarder:
         member.in_flight += 1
         member.prefill_in_flight += 1
         try:
-            connection = member.pool.take() or await member.pool.connect(self.timeouts.connect_s)
+            connection = attempts.kept(member) or await member.pool.connect(self.timeouts.connect_s)
             await self.ask(call, member, connection, body, self.timeouts.prefill_s)
             answer = connection.answer
         except UpstreamFailed as error:
@@ -144,7 +144,7 @@ class Forwarder:
             if begun is not None:
                 connection, signal = begun
             else:
-                connection = member.pool.take() or await member.pool.connect(self.timeouts.connect_s)
+                connection = attempts.kept(member) or await member.pool.connect(self.timeouts.connect_s)
                 body = call.body if blocks is None else legs.decode_body(call.body, blocks.params)
                 signal = self.ask(call, member, connection, body, self.timeouts.first_byte_s)
             await signal

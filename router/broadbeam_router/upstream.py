@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from typing import Literal, Protocol, cast
 
 import httptools
@@ -10,6 +11,7 @@ import msgspec
 
 from broadbeam_router import http1
 from broadbeam_router.deadlines import NEVER, Deadlines
+from broadbeam_router.errors import TooManyRequests
 from broadbeam_router.running import Signal
 
 Failure = Literal["connect", "reset", "timeout", "protocol"]
@@ -17,6 +19,8 @@ IDLE_S = 4.0  # uvicorn (vLLM) closes after 5 s of silence; leave before it does
 JOIN_BYTES = 16384  # smaller bodies are copied behind their head, to be one write
 MAX_IDLE = 256  # connections kept per rank
 MAX_BUFFERED_BYTES = 64 * 2**20  # of an answer that is not a stream
+# The gateway's own want of file descriptors, memory or ports.
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL)
 
 
 class UpstreamFailed(Exception):  # noqa: N818
@@ -43,6 +47,7 @@ class Answer(msgspec.Struct, eq=False):
     body: bytes = b""  # of an answer that is no stream, once it is whole
     streaming: bool = False
     begun: bool = False  # a byte of it has come
+    framed: bool = False  # it says how long it is; else it ends with the connection
     complete: bool = False
     size: int = 0  # bytes that came before an answer that is no stream was whole
 
@@ -189,7 +194,12 @@ class UpstreamConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._pool.forget(self)
         self._pool.deadlines.discard(self)
-        if not self.answer.complete:
+        answer = self.answer
+        if not answer.complete and exc is None and answer.status >= 200 and not answer.framed:
+            self._complete(answer)
+            if self._waiter is not None:
+                self._waiter.set()
+        elif not answer.complete:
             self._fail("reset", str(exc) if exc else "closed before the answer's end")
 
     def _broken(self, detail: str) -> None:
@@ -198,11 +208,15 @@ class UpstreamConnection(asyncio.Protocol):
         self.transport.abort()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        name = name.lower()
-        if name == b"content-type" and not self.answer.complete:
-            self.answer.content_type = value
-        elif name == b"retry-after" and not self.answer.complete:
-            self.answer.retry_after = value
+        name, answer = name.lower(), self.answer
+        if answer.complete:
+            return
+        if name == b"content-type":
+            answer.content_type = value
+        elif name == b"content-length" or name == b"transfer-encoding":
+            answer.framed = True
+        elif name == b"retry-after":
+            answer.retry_after = value
 
     def on_headers_complete(self) -> None:
         answer = self.answer
@@ -220,8 +234,11 @@ class UpstreamConnection(asyncio.Protocol):
         answer = self.answer
         if answer.complete or answer.status < 200:  # 100 Continue and its like: the answer is still to come
             return
-        answer.complete = True
+        self._complete(answer)
         self._reusable = self._parser.should_keep_alive()
+
+    def _complete(self, answer: Answer) -> None:
+        answer.complete = True
         if not answer.streaming:
             answer.body = b"".join(self._parts)
 
@@ -244,7 +261,8 @@ class Pool:
         return self._idle.pop() if self._idle else None
 
     async def connect(self, timeout_s: float) -> UpstreamConnection:
-        """A new connection; UpstreamFailed("connect") if there is none in time."""
+        """A new connection; UpstreamFailed("connect") if there is none in time, TooManyRequests if this
+        process can have no more."""
         task = self.loop.create_task(self._connect(timeout_s))  # asyncio.timeout needs one
         try:
             return await task
@@ -262,6 +280,8 @@ class Pool:
         except TimeoutError:
             raise UpstreamFailed("connect", f"no connection in {timeout_s:g} s") from None
         except OSError as error:
+            if error.errno in EXHAUSTED:  # no fault of the engine
+                raise TooManyRequests(f"no further connection can be made: {error.strerror}") from error
             raise UpstreamFailed("connect", error.strerror or str(error)) from error
         return connection
 

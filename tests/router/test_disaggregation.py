@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from broadbeam_crds.gateway_config import TimeoutsConfig
 from broadbeam_router.fake_engine import FakeEngine, Script, Seen
 
+COMPLETIONS = "/v1/completions"
 QUICK = TimeoutsConfig(prefill_s=0.5, first_byte_s=0.5, idle_s=0.5)
 PREFILL_PARAMS = {
     "do_remote_decode": True,
@@ -376,6 +378,59 @@ async def test_an_interim_answer_is_passed_over(rig_of) -> None:
     final = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
     rig["d"].script = lambda seen: Script(raw=b"HTTP/1.1 103 Early Hints\r\n\r\n" + final)
     assert (await rig.chat()).body == b"{}"
+
+
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_an_answer_may_end_with_its_connection(rig_of, version, stream) -> None:
+    rig = await rig_of({"d": "decode"})
+    kind, body = (b"text/event-stream", b"data: [DONE]\n\n") if stream else (b"application/json", b"{}")
+    raw = b"HTTP/%b 200 OK\r\nContent-Type: %b\r\n\r\n%b" % (version, kind, body)
+    rig["d"].script = lambda seen: Script(raw=raw, close=True)
+    for _ in range(2):
+        answer = await rig.chat(stream=stream)
+        assert (answer.status, answer.body) == (200, body)
+        assert "truncated" not in answer.headers
+    assert rig.member("d").strikes == 0
+
+
+@pytest.mark.parametrize("framing", [b"Content-Length: 3", b"Transfer-Encoding: chunked"])
+async def test_an_answer_that_says_its_length_must_come_whole(rig_of, framing) -> None:
+    rig = await rig_of({"d": "decode"}, retries=0)
+    raw = b"HTTP/1.1 200 OK\r\n%b\r\n\r\n2\r" % framing
+    rig["d"].script = lambda seen: Script(raw=raw, close=True)
+    assert (await rig.chat()).error["code"] == "engine_failed"
+
+
+async def test_a_request_that_makes_an_engine_hang_up_is_not_repeated_for_ever(rig_of) -> None:
+    rig = await rig_of({"d0": "decode", "d1": "decode"}, retries=1)
+    poison = lambda seen: Script(cut="nothing") if b"poison" in seen.body else Script()  # noqa: E731
+    for engine in rig.engines.values():
+        engine.script = poison
+    for _ in range(3):  # kept connections to both engines, as other clients leave them
+        await asyncio.gather(*(rig.chat() for _ in range(8)))
+    assert (await rig.chat(user="poison")).error["code"] == "engine_failed"
+    asked = [seen for engine in rig.engines.values() for seen in engine.seen if b"poison" in seen.body]
+    assert len(asked) == 3, "one on a kept connection, and one for each try"
+
+
+async def test_the_gateways_own_want_of_descriptors_is_held_against_no_engine(rig_of) -> None:
+    rig = await rig_of({"d": "decode"}, retries=0)
+    reader, writer = await asyncio.open_connection("127.0.0.1", rig.port)
+    writer.write(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+    await reader.readuntil(b"ok\n")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    body = b'{"model":"m","prompt":"hi"}'
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))  # what is open stays so
+    try:
+        writer.write(b"POST %b HTTP/1.1\r\nHost: a\r\n" % COMPLETIONS.encode())
+        writer.write(b"Content-Length: %d\r\n\r\n%b" % (len(body), body))
+        head = await reader.readuntil(b"\r\n\r\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert head.startswith(b"HTTP/1.1 429 ")
+    assert rig.member("d").strikes == 0
+    writer.close()
 
 
 async def test_an_engine_that_recovers_is_used_again(rig_of) -> None:

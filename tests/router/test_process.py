@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -41,6 +43,12 @@ class Process:
         self.client = openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="k", max_retries=0)
 
 
+def _few_descriptors() -> None:
+    """As a shell gives them, or fewer."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, most))
+
+
 @pytest.fixture
 async def engine():
     engine = await FakeEngine("d").start()
@@ -60,10 +68,10 @@ async def gateway(tmp_path, engine, unused_tcp_port_factory):
     flags = ["--host", "127.0.0.1", "--port", str(port), "--metrics-port", str(metrics_port)]
     path = config(tmp_path)
     process = await asyncio.create_subprocess_exec(
-        *COMMAND, "--config", str(path), *flags, stderr=subprocess.PIPE
+        *COMMAND, "--config", str(path), *flags, stderr=subprocess.PIPE, preexec_fn=_few_descriptors
     )
     running = Process(process, port)
-    for _ in range(500):
+    for _ in range(3000):
         try:
             if (await running.client._client.get(f"http://127.0.0.1:{port}/readyz")).status_code == 200:
                 break
@@ -167,6 +175,13 @@ async def test_a_second_signal_ends_the_patience(gateway, engine) -> None:
     assert await gateway.process.wait() == 0
     with pytest.raises(Exception, match=r"incomplete|peer closed|Connection"):
         await _chunks(stream)
+
+
+async def test_a_gateway_takes_as_many_connections_as_the_system_allows(gateway) -> None:
+    limits = Path(f"/proc/{gateway.process.pid}/limits").read_text()
+    allowed = re.search(r"Max open files +(\d+) +(\d+)", limits)
+    assert allowed is not None
+    assert allowed[1] == allowed[2]
 
 
 async def test_a_gateway_is_small(gateway) -> None:
