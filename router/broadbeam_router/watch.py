@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import re
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -26,6 +27,7 @@ WATCH_S = 240  # the server ends a watch after this; then it is resumed
 SILENCE_S = 150.0
 FIRST_PAUSE_S = 0.5
 LAST_PAUSE_S = 30.0
+_ranks = re.compile("[0-9]{1,3}")  # one more digit and their ports would end
 BETWEEN_S = 0.2  # between watches, so that a server that ends them at once is not hammered
 
 
@@ -82,7 +84,7 @@ def endpoints_of(pod: Pod) -> list[Endpoint]:
     labels = pod.metadata.labels or {}
     role = labels.get(names.LABEL_ROLE, "")
     ranks = (pod.metadata.annotations or {}).get(names.ANNOTATION_RANKS, "1")
-    if role not in get_args(Role) or not ranks.isdecimal():
+    if role not in get_args(Role) or not _ranks.fullmatch(ranks):
         log.warning("pod %s is left out: role %r, ranks per node %r", pod.metadata.name, role, ranks)
         return []
     if pod.status.pod_ip is None:

@@ -127,6 +127,8 @@ def test_a_pod_gives_one_endpoint_per_rank() -> None:
         pytest.param(pod("a") | {"status": {}}, None, id="no address"),
         pytest.param(pod("a", role="driver"), None, id="another role"),
         pytest.param(pod("a", annotations={f"{PREFIX}/ranks-per-node": "-1"}), None, id="wrong count"),
+        pytest.param(pod("a", annotations={f"{PREFIX}/ranks-per-node": "9" * 9}), None, id="a huge count"),
+        pytest.param(pod("a", annotations={f"{PREFIX}/ranks-per-node": "9" * 5000}), None, id="no count"),
         pytest.param(pod("a", annotations=None), True, id="no annotation"),
     ],
 )
