@@ -69,7 +69,7 @@ format: setup ## format and fix what can be fixed
 
 .PHONY: unit
 unit: setup ## tests that need neither a GPU nor an API server
-	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile tests
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests
 
 .PHONY: controlplane
 controlplane: setup ## build etcd, API server, controller-manager, scheduler and helm once (about 10 minutes)

@@ -7,6 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 
 def test_the_kernels_agree_with_their_oracles_under_the_interpreter() -> None:
     tests = Path(__file__).with_name("interpreted_kernels.py")

@@ -38,6 +38,8 @@ from broadbeam_kernels.scaled_gemm import grouped_scaled_gemm, masked_scaled_gem
 from broadbeam_kernels.silu_mul_quant import silu_mul_quant
 from broadbeam_kernels.testing import gaussian, relative_difference
 
+pytestmark = pytest.mark.slow
+
 BF16 = torch.bfloat16
 
 

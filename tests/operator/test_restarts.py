@@ -17,6 +17,8 @@ from broadbeam_operator.observe import observe
 from broadbeam_operator.pods import revision
 from broadbeam_operator.reconcile import Operator
 
+pytestmark = pytest.mark.slow
+
 WRITES = ("apply", "delete", "apply_status", "patch_pod_condition", "emit_event")
 ROUNDS = 40
 

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from tests.operator.local.desk import PROMPT, Desk, until
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     "moment",

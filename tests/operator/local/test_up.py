@@ -11,8 +11,11 @@ import signal
 from pathlib import Path
 
 import aiohttp
+import pytest
 import yaml
 from tests.operator.local.desk import BROADBEAM, PROMPT, Desk
+
+pytestmark = pytest.mark.slow
 
 
 async def test_a_demo_answers_over_prefill_and_decode_and_leaves_nothing(desk: Desk) -> None:

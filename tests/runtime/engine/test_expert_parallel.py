@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from tests.runtime.engine.conftest import IN_FLIGHT, LENGTHS, Model, Tokens, prompt
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 
 

@@ -13,6 +13,8 @@ import pytest
 
 from broadbeam_crds import conventions
 
+pytestmark = pytest.mark.slow
+
 StartPod = Callable[..., Any]
 NAME = "demo-decode-0-0.demo-decode-0.default.svc"  # node 0, as a cluster's DNS knows it
 HOSTS = [f"127.233.{os.getpid() % 250}.{node + 1}" for node in range(2)]

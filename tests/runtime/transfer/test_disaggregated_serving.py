@@ -15,6 +15,8 @@ from tests.runtime.engine.conftest import IN_FLIGHT, LENGTHS, NEW_TOKENS, Tokens
 
 from broadbeam_runtime import checkpoint
 
+pytestmark = pytest.mark.slow
+
 StartPod = Callable[..., Any]
 PROMPTS = [prompt(length) for length in LENGTHS]
 TOGETHER = [prompt(length, seed=1) for length in IN_FLIGHT]
