@@ -20,6 +20,7 @@ from broadbeam_router.sources import ApiServer, FileSource
 from broadbeam_router.watch import Pod, PodSource, endpoints_of
 
 PREFIX = "serving.broadbeam.io"
+RESET = b"reset"  # as an event: the API server's end of the connection is gone
 
 
 @dataclass
@@ -171,7 +172,11 @@ class FakeApiServer:
         response = web.StreamResponse()
         await response.prepare(request)
         while (event := await self.events.get()) is not None:
-            await response.write(event)
+            if event == RESET:
+                assert request.transport is not None
+                request.transport.abort()
+            else:
+                await response.write(event)
         return response
 
     def send(self, kind: str, body: dict[str, Any]) -> None:
@@ -222,6 +227,29 @@ async def test_a_watch_that_ends_goes_on_where_it_was(watched) -> None:
     assert api.calls[-1][1]["resourceVersion"] == "777"
     assert api.count("list") == 1
     assert fleet.names == ["a/0", "a/1"]
+
+
+async def test_a_watch_that_breaks_within_an_event_goes_on_behind_the_last_whole_one(watched) -> None:
+    api, fleet = watched
+    await until(lambda: api.count("watch") == 1)
+    api.send("MODIFIED", pod("b", 101))
+    await until(lambda: fleet.names == ["a/0", "a/1", "b/0", "b/1"])
+    api.events.put_nowait(b'{"type":"DELETED","object":{"metadata":{"name":"a","resourceVersion":"102"')
+    api.events.put_nowait(RESET)
+    await until(lambda: api.count("watch") == 2)
+    assert api.calls[-1][1]["resourceVersion"] == "101"
+    assert api.count("list") == 1
+    assert fleet.names == ["a/0", "a/1", "b/0", "b/1"]
+
+
+async def test_events_that_come_twice_change_nothing_more(watched) -> None:
+    api, fleet = watched
+    for kind, body in (("ADDED", pod("c", 101)), ("DELETED", pod("b", 102)), ("DELETED", pod("a", 103))):
+        api.send(kind, body)
+        api.send(kind, body)
+    await until(lambda: fleet.names == ["c/0", "c/1"])
+    api.send("MODIFIED", pod("d", 104))
+    await until(lambda: fleet.names == ["c/0", "c/1", "d/0", "d/1"])
 
 
 @pytest.mark.parametrize("how", ["event", "status"])
