@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from broadbeam_crds.engine_config import ConfigError
 from broadbeam_crds.gateway_config import AuthConfig, LimitsConfig
 from broadbeam_router.auth import ApiKeys
+from broadbeam_router.call import Call
 from broadbeam_router.errors import SHAPES, InvalidRequest, RequestError, Unauthorized, error_body
 from broadbeam_router.fake_engine import Script
 from broadbeam_router.heads import Head
@@ -202,6 +204,23 @@ def test_any_bytes_are_a_request_or_refused_as_one(data) -> None:
 async def test_a_long_wrong_value_is_shown_in_part(rig) -> None:
     answer = await rig.completion(stream="y" * 10_000)
     assert len(answer.error["message"]) < 200
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    "roles", [{"d": "decode"}, {"p": "prefill", "d": "decode"}], ids=["one leg", "two legs"]
+)
+async def test_an_answered_request_holds_no_memory_until_the_collector_comes(rig_of, roles, stream) -> None:
+    rig = await rig_of(roles)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            assert (await rig.chat(stream=stream)).status == 200
+        await rig.settled()
+        assert not [thing for thing in gc.get_objects() if isinstance(thing, Call)]
+    finally:
+        gc.enable()
 
 
 async def test_null_means_absent(rig) -> None:
