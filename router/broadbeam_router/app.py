@@ -74,6 +74,11 @@ class Gateway:
             b"/v1/completions": Route("completions", completion_fields),
         }
 
+    def check_sender(self, headers: dict[bytes, bytes]) -> None:
+        """What a stranger sends need not be kept until it is whole."""
+        if self._keys is not None:
+            self._keys.check_headers(headers)
+
     def handle(self, client: ClientConnection, request: Request) -> Call | None:
         started_s = time.perf_counter()
         route = self._routes.get(request.head.path)
@@ -178,6 +183,9 @@ class MetricsPage:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
+
+    def check_sender(self, headers: dict[bytes, bytes]) -> None:
+        raise NotFound("no page here takes a body")
 
     def handle(self, client: ClientConnection, request: Request) -> Call | None:
         match request.head.method, request.head.path:

@@ -56,12 +56,18 @@ class ApiKeys:
     def check(self, head: Head) -> None:
         """Raises Unauthorized unless `head` carries a known key."""
         if head.key_digest is None:
-            head.key_digest = _bearer_digest(head.headers.get(b"authorization"))
+            head.key_digest = _bearer_digest(head.headers)
         if head.key_digest not in self._digests:
             raise Unauthorized("the API key is not known", "authorization")
 
+    def check_headers(self, headers: dict[bytes, bytes]) -> None:
+        """As `check`, of a head that is not whole yet."""
+        if _bearer_digest(headers) not in self._digests:
+            raise Unauthorized("the API key is not known", "authorization")
 
-def _bearer_digest(authorization: bytes | None) -> bytes:
+
+def _bearer_digest(headers: dict[bytes, bytes]) -> bytes:
+    authorization = headers.get(b"authorization")
     if authorization is None:
         raise Unauthorized("an API key is needed: Authorization: Bearer KEY", "authorization")
     scheme, _, key = authorization.partition(b" ")

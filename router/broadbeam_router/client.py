@@ -56,8 +56,9 @@ W = TypeVar("W", bound=Work)
 class Handler(Protocol[W]):
     """Serves requests: answers at once, or gives back work and then, by `carry`, what does it. That calls
     its `ended` exactly once, however it went: with None, with what it raised, or with CancelledError; and
-    the connection then calls the handler's."""
+    the connection then calls the handler's. For `check_sender` see RequestReader."""
 
+    def check_sender(self, headers: dict[bytes, bytes]) -> None: ...
     def handle(self, client: ClientConnection, request: Request) -> W | None: ...
     def carry(self, work: W, ended: Ended) -> Carrier: ...
     def ended(self, work: W, error: BaseException | None) -> None: ...
@@ -89,7 +90,8 @@ class ClientConnection(asyncio.Protocol):
 
     def __init__(self, server: Server) -> None:
         self._server = server
-        self._reader = RequestReader(server.limits, self._take, self._expected)
+        check_sender = server.handler.check_sender
+        self._reader = RequestReader(server.limits, self._take, self._expected, check_sender)
         self._queue: deque[Request | RequestError] = deque()
         self._request: Request | None = None  # being served
         self._work: Work | None = None

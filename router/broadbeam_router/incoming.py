@@ -20,7 +20,11 @@ PLAIN_TARGETS = frozenset((b"/v1/chat/completions", b"/v1/completions"))
 # Requests of a connection whose heads are learned, the last one's only, until one comes again: the first may
 # be odd (a retry, another route), and where all differ there is nothing to learn.
 LESSONS = 8
+LARGE_BYTES = 256 * 2**10  # a body above it is asked for only once its head is found good
 SINGLE_HEADERS = (b"host", b"authorization", b"x-request-id", b"traceparent", b"tracestate")
+
+
+Headers = dict[bytes, bytes]
 
 
 class Request(msgspec.Struct, eq=False):
@@ -29,15 +33,16 @@ class Request(msgspec.Struct, eq=False):
 
 
 class RequestReader:
-    """Calls `on_request` for every whole request and `on_expect` when a client waits for 100 Continue.
+    """Calls `on_request` for every whole request and `on_expect` when a client waits for 100 Continue, and
+    before a large body or one of unknown size `check_sender`, which may raise a RequestError.
 
     The parser's callbacks only note, and what is noted is looked at once the head is whole. A request whose
     head is known goes past the parser, which then stands between two requests."""
 
     __slots__ = (
-        "_body", "_body_size", "_fed", "_first", "_headers", "_heads", "_known", "_lessons", "_max_body",
-        "_max_head", "_missing", "_on_expect", "_on_request", "_open", "_parser", "_progress", "_recent",
-        "_size", "_still", "_url", "failure",
+        "_body", "_body_size", "_check_sender", "_fed", "_first", "_headers", "_heads", "_known",
+        "_lessons", "_max_body", "_max_head", "_max_known", "_missing", "_on_expect", "_on_request",
+        "_open", "_parser", "_progress", "_recent", "_size", "_still", "_url", "failure",
     )  # fmt: skip
 
     def __init__(
@@ -45,12 +50,15 @@ class RequestReader:
         limits: LimitsConfig,
         on_request: Callable[[Request], None],
         on_expect: Callable[[], None],
+        check_sender: Callable[[Headers], None] = lambda headers: None,
         lessons: int = LESSONS,
     ) -> None:
         self._max_head = limits.max_header_bytes
         self._max_body = limits.max_body_bytes
+        self._max_known = min(self._max_body, LARGE_BYTES)
         self._on_request = on_request
         self._on_expect = on_expect
+        self._check_sender = check_sender
         self._parser = httptools.HttpRequestParser(self)
         self._body = bytearray()  # and no list: a body may come two bytes at a time
         self._size = 0  # bytes of the read being parsed
@@ -72,7 +80,7 @@ class RequestReader:
             data = self._take_body(data)
         elif known is not None and not self._fed and data.startswith(known.before):
             length, rest = known.split(data)
-            if 0 < length <= self._max_body:
+            if 0 < length <= self._max_known:
                 self._lessons = 0
                 self._missing = length
                 data = self._take_body(rest)
@@ -146,11 +154,7 @@ class RequestReader:
         self._recent = self._parser.get_http_version() == "1.1"
         if b"host" not in headers and self._recent:
             self._fail(MalformedHttp("exactly one Host header is needed", "host"))
-        length = headers.get(b"content-length")
-        if length is not None and int(length) > self._max_body:
-            self._fail(self._body_too_large())
-        elif length is None and headers.get(b"transfer-encoding", b"chunked").lower() != b"chunked":
-            self._fail(MalformedHttp("Transfer-Encoding may only be chunked", "transfer-encoding"))
+        self._check_framing(headers)
         if self._parser.should_upgrade():
             self._fail(MalformedHttp("Upgrade and CONNECT are not supported"))
         if self._fed > self._max_head:
@@ -191,6 +195,18 @@ class RequestReader:
         self._on_request(Request(head, body))
 
     # -- what is noted, looked at ---------------------------------------------------------------------
+
+    def _check_framing(self, headers: Headers) -> None:
+        length, coding = headers.get(b"content-length"), headers.get(b"transfer-encoding")
+        if length is not None and int(length) > self._max_body:
+            self._fail(self._body_too_large())
+        elif coding is not None and coding.lower() != b"chunked":
+            self._fail(MalformedHttp("Transfer-Encoding may only be chunked", "transfer-encoding"))
+        elif coding is not None or (length is not None and int(length) > LARGE_BYTES):
+            try:
+                self._check_sender(headers)
+            except RequestError as error:
+                self._fail(error)
 
     def _check_doubles(self) -> None:
         names = [name.lower() for name, _ in self._heads]

@@ -36,7 +36,7 @@ class Noted:
     def __init__(self, limits: LimitsConfig = LIMITS, lessons: int = LESSONS) -> None:
         self.requests: list[Request] = []
         self.waiting = 0
-        self.reader = RequestReader(limits, self.requests.append, self._expected, lessons)
+        self.reader = RequestReader(limits, self.requests.append, self._expected, lessons=lessons)
 
     def _expected(self) -> None:
         self.waiting += 1

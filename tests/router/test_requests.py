@@ -446,6 +446,23 @@ async def test_keys_are_asked_for_and_not_passed_on(rig_of, keys_dir, caplog) ->
     assert "key-one" not in caplog.text
 
 
+@pytest.mark.parametrize(
+    "framing", [b"Content-Length: 10000000\r\nExpect: 100-continue", b"Transfer-Encoding: chunked"]
+)
+async def test_a_stranger_is_sent_away_before_a_large_body(rig_of, keys_dir, framing) -> None:
+    rig = await rig_of({"d": "decode"}, auth=AuthConfig(keys_dir=str(keys_dir)))
+    head = b"POST %b HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer %%b\r\n%b\r\n\r\n" % (
+        CHAT.encode(),
+        framing,
+    )
+    assert (await rig.raw(head % b"wrong")).startswith(b"HTTP/1.1 401 ")
+    if b"Expect" in framing:
+        assert (await rig.raw(head % b"key-one", until=b"\r\n\r\n")).startswith(b"HTTP/1.1 100 ")
+    body = b'{"model":"m","messages":[{"role":"user","content":"%b"}]}' % (b"x" * 300_000)
+    for key, status in (("key-one", 200), ("wrong", 401), ("key-one", 200)):
+        assert (await rig.post(CHAT, body, {"Authorization": f"Bearer {key}"})).status == status
+
+
 def with_key(authorization: bytes) -> Head:
     return Head(b"POST", b"/", {b"authorization": authorization}, keep_alive=True, chunks=True)
 
