@@ -149,6 +149,7 @@ class Gateway:
             raise NoEndpoint("no decode engine is ready")
         body = legs.stripped(request.body) if fields.steers else request.body
         self.in_flight += 1  # from here on `ended` is called
+        wants_prefill = self._disaggregated and bool(self.fleet.prefill) and fields.splits
         return Call(
             client=client,
             route=route.name,
@@ -157,7 +158,8 @@ class Gateway:
             id_line=line,
             trace_lines=trace_lines(head) if b"traceparent" in head.headers else b"",
             started_s=started_s,
-            wants_prefill=self._disaggregated and bool(self.fleet.prefill) and fields.splits,
+            wants_prefill=wants_prefill,
+            bare=wants_prefill and fields.bare,
         )
 
     def carry(self, work: Call, ended: Ended) -> Carrier:

@@ -28,6 +28,7 @@ class Call(msgspec.Struct, eq=False):
     trace_lines: bytes
     started_s: float
     wants_prefill: bool
+    bare: bool  # as in Fields
     way: Way = "decode-only"
     prefill_name: str | None = None
     decode_name: str | None = None

@@ -84,7 +84,7 @@ class Forwarder:
 
     async def _prefill(self, call: Call) -> Blocks | Answer | None:
         """Blocks, the engine's refusal, or None when the decode leg must do without."""
-        body = legs.prefill_body(call.body)
+        body = legs.prefill_body(call.body, call.bare)
         attempts = Attempts(1 + self._retries)
         while attempts.left > 0 and (member := self._fleet.pick_prefill(attempts.tried)) is not None:
             answer = await self._prefill_on(call, member, body, attempts)

@@ -14,17 +14,13 @@ from msgspec import Raw
 from broadbeam_router.openai import EXTRA_FIELDS, ROUTING_FIELDS, top_level
 
 _encode = msgspec.json.Encoder().encode
-_KEEP_BLOCKS = Raw(
+_KEEP_BLOCKS = (
     b'{"do_remote_decode":true,"do_remote_prefill":false,"remote_engine_id":null,'
     b'"remote_block_ids":null,"remote_host":null,"remote_port":null}'
 )
-_PREFILL = {
-    "stream": Raw(b"false"),
-    "max_tokens": Raw(b"1"),
-    "n": Raw(b"1"),
-    "kv_transfer_params": _KEEP_BLOCKS,
-}
-_NOT_FOR_PREFILL = frozenset(("stream_options", "min_tokens", "best_of"))
+_ADDED = b'"max_tokens":1,"kv_transfer_params":' + _KEEP_BLOCKS
+_PREFILL = {"stream": Raw(b"false"), "max_tokens": Raw(b"1"), "kv_transfer_params": Raw(_KEEP_BLOCKS)}
+_NOT_FOR_PREFILL = frozenset(("stream_options", "min_tokens"))
 
 
 class _PrefillAnswer(msgspec.Struct):
@@ -46,8 +42,10 @@ def stripped(body: bytes) -> bytes:
     return _encode(members)
 
 
-def prefill_body(body: bytes) -> bytes:
-    """`body` (already stripped) as the prefill rank gets it."""
+def prefill_body(body: bytes, bare: bool) -> bytes:
+    """`body` (already stripped; `bare` as in Fields) as the prefill rank gets it."""
+    if bare:
+        return _with(body, _ADDED)
     members = top_level(body)
     for name in _NOT_FOR_PREFILL & members.keys():
         del members[name]
@@ -58,9 +56,13 @@ def prefill_body(body: bytes) -> bytes:
 
 
 def decode_body(body: bytes, params: bytes) -> bytes:
-    """`body` (already stripped, a non-empty object) with kv_transfer_params added before its last brace."""
-    end = body.rindex(b"}")
-    return b'%b,"kv_transfer_params":%b}' % (body[:end], params)
+    """`body` (already stripped) with the KV blocks to start from."""
+    return _with(body, b'"kv_transfer_params":' + params)
+
+
+def _with(body: bytes, members: bytes) -> bytes:
+    """`body`, a non-empty object, with `members` before its last brace."""
+    return b"%b,%b}" % (body[: body.rindex(b"}")], members)
 
 
 def transfer_params(answer: bytes) -> bytes | None:

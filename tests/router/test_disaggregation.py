@@ -60,7 +60,6 @@ async def test_the_legs_are_vllms_two_steps(rig_of) -> None:
         "messages": [{"role": "user", "content": "hi"}],
         "max_tokens": 1,
         "max_completion_tokens": 1,
-        "n": 1,
         "stream": False,
         "temperature": 0.25,
         "stop": ["x"],
@@ -83,6 +82,38 @@ async def test_the_legs_are_vllms_two_steps(rig_of) -> None:
     assert answer.headers["x-request-id"] == "abc-1"
     assert answer.headers["x-broadbeam-route"] == "disaggregated"
     assert (answer.headers["x-broadbeam-prefill"], answer.headers["x-broadbeam-decode"]) == ("p", "d")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        b"",
+        b',"stream":false',
+        b',"stream":null',
+        b',"stream":true',
+        b',"n":1,"best_of":null',
+        b',"max_tokens":null',
+        b',"max_tokens":9',
+        b',"max_completion_tokens":9',
+        b',"max_completion_tokens":null',
+        b',"min_tokens":0',
+        b',"stream_options":null',
+        b',"kv_transfer_params":{"remote_host":"evil"}',
+    ],
+)
+@pytest.mark.parametrize("end", [b"}", b" }\n"], ids=["}", "blanks"])
+async def test_the_prefill_leg_makes_one_token_and_names_nothing_twice(rig_of, fields, end) -> None:
+    rig = await rig_of({"p": "prefill", "d": "decode"})
+    body = b'{"model":"m","messages":[{"role":"user","content":"}"}]%b%b' % (fields, end)
+    assert (await rig.post("/v1/chat/completions", body)).status == 200
+    members: list[tuple[str, object]] = json.loads(rig["p"].seen[0].body, object_pairs_hook=list)
+    assert len(members) == len(dict(members))
+    prefill = dict(members)
+    assert prefill["max_tokens"] == 1
+    assert not prefill.get("stream")
+    assert prefill.get("max_completion_tokens", 1) == 1
+    assert not prefill.keys() & {"min_tokens", "stream_options"}
+    assert dict(prefill["kv_transfer_params"]) == PREFILL_PARAMS
 
 
 async def test_streaming_keeps_its_options_for_the_decode_leg_only(rig_of) -> None:
