@@ -277,7 +277,6 @@ class Direct(msgspec.Struct, eq=False):
         """The answer has come or has begun, or the attempt has failed."""
         member, signal, answer = self.member, self.signal, self.connection.answer
         assert signal is not None
-        signal.resume = None  # else a ring, which keeps the body until the collector comes
         member.in_flight -= 1
         if signal.error is not None or answer.streaming or answer.status >= 400:
             self.rest = Run(self.forwarder.answer(self.call, member, (self.connection, signal)), self.ended)

@@ -23,8 +23,9 @@ class Signal(msgspec.Struct, eq=False):
     def set(self) -> None:
         if not self.is_set:
             self.is_set = True
-            if self.resume is not None:
-                self.resume()
+            resume, self.resume = self.resume, None  # who waited often holds the signal: no ring is left
+            if resume is not None:
+                resume()
 
     def fail(self, error: Exception) -> None:
         if not self.is_set:
