@@ -39,6 +39,7 @@ class Fields(msgspec.Struct, kw_only=True):
     n: Choices | None = None
     best_of: Choices | None = None
     max_tokens: Tokens | UnsetType | None = UNSET
+    max_completion_tokens: Tokens | UnsetType | None = UNSET
     min_tokens: Raw | UnsetType = UNSET
     stream_options: Raw | UnsetType = UNSET
     echo: bool | None = None
@@ -67,8 +68,8 @@ class Fields(msgspec.Struct, kw_only=True):
     def bare(self) -> bool:
         """Whether nothing says how many tokens to make or how to stream them, so that a prefill leg need
         only add to the body: decoding it and encoding another is a twentieth of what two legs cost."""
-        lengths = self.max_tokens is UNSET and self.min_tokens is UNSET
-        return lengths and not self.stream and self.stream_options is UNSET
+        lengths = (self.max_tokens, self.max_completion_tokens, self.min_tokens)
+        return all(length is UNSET for length in lengths) and not self.stream and self.stream_options is UNSET
 
 
 class Message(msgspec.Struct):
@@ -77,11 +78,6 @@ class Message(msgspec.Struct):
 
 class ChatFields(Fields, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1)]
-    max_completion_tokens: Tokens | UnsetType | None = UNSET
-
-    @property
-    def bare(self) -> bool:
-        return self.max_completion_tokens is UNSET and super().bare
 
 
 class CompletionFields(Fields, kw_only=True):

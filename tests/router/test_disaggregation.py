@@ -102,10 +102,19 @@ async def test_the_legs_are_vllms_two_steps(rig_of) -> None:
     ],
 )
 @pytest.mark.parametrize("end", [b"}", b" }\n"], ids=["}", "blanks"])
-async def test_the_prefill_leg_makes_one_token_and_names_nothing_twice(rig_of, fields, end) -> None:
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        pytest.param("/v1/chat/completions", b'"messages":[{"role":"user","content":"}"}]', id="chat"),
+        pytest.param(COMPLETIONS, b'"prompt":"}"', id="completions"),
+    ],
+)
+async def test_the_prefill_leg_makes_one_token_and_names_nothing_twice(
+    rig_of, path, asked, fields, end
+) -> None:
     rig = await rig_of({"p": "prefill", "d": "decode"})
-    body = b'{"model":"m","messages":[{"role":"user","content":"}"}]%b%b' % (fields, end)
-    assert (await rig.post("/v1/chat/completions", body)).status == 200
+    body = b'{"model":"m",%b%b%b' % (asked, fields, end)
+    assert (await rig.post(path, body)).status == 200
     members: list[tuple[str, object]] = json.loads(rig["p"].seen[0].body, object_pairs_hook=list)
     assert len(members) == len(dict(members))
     prefill = dict(members)
