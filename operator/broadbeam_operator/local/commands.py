@@ -16,6 +16,7 @@ from rich.console import Console
 from broadbeam_crds.conventions import ENV_CACHE
 from broadbeam_crds.v1alpha1 import ManifestError, ServingCluster, load_manifest
 from broadbeam_operator.accept import refusals
+from broadbeam_operator.cli import discard_output
 from broadbeam_operator.local.addresses import AddressError
 from broadbeam_operator.local.demo import Question, demo
 from broadbeam_operator.local.preflight import host_bytes, look, obstacles
@@ -138,7 +139,7 @@ def _run(told: Invocation, body: Callable[[Session, Interrupt], Awaitable[int]])
         _complain(str(error))
         sys.exit(EXIT_FAILED)
     except BrokenPipeError:  # whoever read our lines has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         sys.exit(EXIT_FAILED)
     except OSError as error:  # a cache that cannot be written, a full disk
         where = error.filename or f"{told.settings.cache} or standard output"
