@@ -16,6 +16,9 @@ export PROMPT
 WORKERS ?= 2
 # TORCH_BACKEND=cpu takes uv's small CPU build of torch, where its index can be reached.
 TORCH_BACKEND ?=
+# What Python has compiled is kept, whatever the environment says: without it each start of a process with torch
+# takes three times as long, and the tests start hundreds.
+unexport PYTHONDONTWRITEBYTECODE
 export DO_NOT_TRACK := 1
 export HF_HUB_OFFLINE ?= 1
 
