@@ -5,56 +5,27 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.runtime.reference import NEW_TOKENS, Model, Tokens
 
 from broadbeam_crds.engine_config import CacheConfig, EngineConfig, ModelConfig, SchedulingConfig
 from broadbeam_runtime import tiny
 from broadbeam_runtime.core import Output, RankIdentity, Request, SamplingParams
 from broadbeam_runtime.engine import TorchEngine
 
-MAX_LEN, NEW_TOKENS = 1024, 12
+MAX_LEN = 1024
 LENGTHS = (1, 5, 64, 200, 777)
 IN_FLIGHT = tuple(3 + 17 * i for i in range(16))
 FAMILIES = ("llama", "qwen3-moe", "deepseek-v3")
-Tokens = tuple[int, ...]
-
-
-@dataclass
-class Model:
-    """A model directory, and what transformers answers greedily in float32."""
-
-    directory: Path
-    answers: dict[Tokens, list[int]] = field(default_factory=dict)
-    reference: Any = None
-
-    def answer(self, prompt: Tokens, count: int = NEW_TOKENS) -> list[int]:
-        if len(self.answers.get(prompt, [])) < count:
-            self.answers[prompt] = self._generate(prompt, count)
-        return self.answers[prompt][:count]
-
-    def _generate(self, prompt: Tokens, count: int) -> list[int]:
-        if self.reference is None:
-            from transformers import AutoModelForCausalLM
-            from transformers.utils import logging
-
-            logging.disable_progress_bar()
-            self.reference = AutoModelForCausalLM.from_pretrained(self.directory, dtype=torch.float32)
-            self.reference.generation_config.eos_token_id = None
-        ids = torch.tensor([prompt])
-        mask = torch.ones_like(ids)
-        with torch.inference_mode():
-            out = self.reference.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False)
-        return out[0, len(prompt) :].tolist()
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # a second one would spend its time waiting awake: the models are tiny
 
 
 @pytest.fixture(scope="session")
@@ -153,5 +124,5 @@ def config(directory: Path, scheduling: dict[str, Any] | None = None, **cache: A
         cache=CacheConfig(**({"memory_bytes": 96 << 20} | cache)),
         scheduling=SchedulingConfig(**(scheduling or {})),
         dtype="float32",
-        threads=2,
+        threads=1,
     )

@@ -205,7 +205,8 @@ def test_a_gguf_file_becomes_the_model_it_was_made_from(
         assert all(torch.equal(got.get_tensor(name), wanted.get_tensor(name)) for name in wanted.keys())  # noqa: SIM118
     settings = json.loads((directory / "tokenizer_config.json").read_text())
     assert (settings["eos_token"], settings["chat_template"]) == ("<|eos|>", tiny.CHAT)
-    assert serve(Model(directory)).run(greedy("a", prompt(64))) == [model.answer(prompt(64))]
+    answer = serve(Model(directory)).run(greedy("a", prompt(64)))
+    assert answer == model.expected([prompt(64)], answer)
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_1", "F16"])
@@ -267,5 +268,5 @@ def test_smollm2_answers_as_transformers_does_with_the_converted_weights(
     question = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
     ids = tuple(tokenizer.encode(question).ids)
     (answer,) = serve(model).run(greedy("a", ids))
-    assert answer == model.answer(ids)
+    assert [answer] == model.expected([ids], [answer])
     assert "Paris" in tokenizer.decode(answer)

@@ -52,7 +52,7 @@ def test_decode_goes_on_from_blocks_that_another_rank_computed(
             for name, p in prompts.items()
         )
     )
-    assert answers == [model.answer(p) for p in prompts.values()]
+    assert answers == model.expected(prompts.values(), answers)
     computed = 0 if with_token else len(prompts)
     assert decode.engine.stats().prompt_tokens_computed == computed
     assert decode.engine.stats().prompt_tokens_transferred == sum(LENGTHS) - computed
@@ -82,7 +82,7 @@ def test_a_stop_token_from_the_prefill_rank_is_not_taken_before_min_tokens(
     model, wire = make_model("llama"), {}
     prefill, decode = serve(model, FakeConnector("p", wire)), serve(model, FakeConnector("d", wire))
     prefill.run(greedy("a", prompt(64), 1, hold_blocks=True))
-    stop = model.answer(prompt(64))[0]
+    (stop,) = prefill.tokens("a")
     sampling = SamplingParams(
         max_tokens=6, min_tokens=3, temperature=0, stop_token_ids=(stop,), ignore_eos=True
     )
@@ -111,7 +111,7 @@ def test_a_failed_pull_is_computed_here_if_the_policy_says_so(make_model: Make, 
     decode = serve(model, FakeConnector("d", wire, fault="gone"))
     decode.engine.scheduler.limits = replace(decode.engine.scheduler.limits, recompute_failed_pulls=True)
     answer = decode.run(greedy("a", prompt(64), remote_prefill=RemotePrefill({"remote": "p"}, 64)))
-    assert answer == [model.answer(prompt(64))]
+    assert answer == model.expected([prompt(64)], answer)
     assert decode.engine.stats().prompt_tokens_computed == 64
 
 
@@ -144,7 +144,8 @@ def test_a_pull_that_finds_no_blocks_waits_and_is_announced(make_model: Make, se
     assert small.engine.stats().steps == steps  # nobody spins
     connector.expire("a")
     small.wait("b")
-    assert small.tokens("b") == model.answer(prompt(200))
+    answer = [small.tokens("b")]
+    assert answer == model.expected([prompt(200)], answer)
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,9 @@ def test_an_abort_ends_a_running_request_and_frees_it(make_model: Make, serve: S
 
 def test_stop_tokens_and_logprobs_reach_the_output(make_model: Make, serve: Start) -> None:
     model = make_model("llama")
-    answer, served = model.answer(prompt(64)), serve(model)
+    served = serve(model)
+    (answer,) = served.run(greedy("whole", prompt(64)))
+    assert [answer] == model.expected([prompt(64)], [answer])
     sampling = SamplingParams(max_tokens=12, temperature=0, stop_token_ids=(answer[3],), logprobs=1)
     served.run(replace(greedy("a", prompt(64)), sampling=sampling))
     last = served.outputs["a"][-1]

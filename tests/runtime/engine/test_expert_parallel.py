@@ -88,10 +88,11 @@ def test_experts_on_other_ranks_give_the_same_answers(
     answers = {
         name: tokens for rank in ranks.ask(spread(prompts, world, 12)) for name, tokens in rank.items()
     }
-    assert [answers[f"{i}"] for i in range(len(prompts))] == [model.answer(p) for p in prompts]
+    in_order = [answers[f"{i}"] for i in range(len(prompts))]
+    assert in_order == model.expected(prompts, in_order)
     # Rank 0 alone is asked: the others join with passes of no tokens.
-    lonely = ranks.ask([{"run": {"alone": (prompt(200), 12)}}, *[{"cpu": 0.01}] * (world - 1)])
-    assert lonely[0]["alone"] == model.answer(prompt(200))
+    lonely, *_ = ranks.ask([{"run": {"alone": (prompt(200), 12)}}, *[{"cpu": 0.01}] * (world - 1)])
+    assert [lonely["alone"]] == model.expected([prompt(200)], [lonely["alone"]])
     # The answer leaves rank 0 before its peers have accounted for the pass that made it, so the first window
     # may see the end of that pass; an idle group takes no further one.
     ranks.ask([{"cpu": 1.0}] * world)

@@ -51,7 +51,7 @@ def test_answers_to_short_and_long_prompts_are_those_of_transformers(
     model, served = make_model(family), serve(make_model(family))
     prompts = [prompt(length) for length in LENGTHS]
     answers = served.run(*(greedy(str(len(p)), p) for p in prompts))
-    assert answers == [model.answer(p) for p in prompts]
+    assert answers == model.expected(prompts, answers)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -61,7 +61,7 @@ def test_sixteen_requests_in_flight_do_not_disturb_each_other(
     model, served = make_model(family), serve(make_model(family))
     prompts = [prompt(length, seed=1) for length in IN_FLIGHT]
     answers = served.run(*(greedy(str(i), p) for i, p in enumerate(prompts)))
-    assert answers == [model.answer(p) for p in prompts]
+    assert answers == model.expected(prompts, answers)
     assert served.engine.stats().steps < 16 * 12  # they did run together
 
 
@@ -118,7 +118,7 @@ def test_variants_of_the_families_agree_too(
     served = serve(model)
     prompts = [prompt(length, seed=2) for length in (3, 300)]
     answers = served.run(*(greedy(str(len(p)), p, 8) for p in prompts))
-    assert answers == [model.answer(p, 8) for p in prompts]
+    assert answers == model.expected(prompts, answers, 8)
 
 
 @pytest.mark.parametrize(
@@ -136,9 +136,8 @@ def test_what_transformers_saves_of_the_other_families_is_served_as_it_answers(
     save_random(model_type, changes, tmp_path)
     model = Model(tmp_path)
     prompts = [prompt(length, seed=2) for length in (3, 300)]
-    assert serve(model).run(*(greedy(str(len(p)), p, 8) for p in prompts)) == [
-        model.answer(p, 8) for p in prompts
-    ]
+    answers = serve(model).run(*(greedy(str(len(p)), p, 8) for p in prompts))
+    assert answers == model.expected(prompts, answers, 8)
 
 
 def save_random(model_type: str, changes: dict[str, Any], directory: Path) -> None:
@@ -164,7 +163,7 @@ def test_a_prompt_computed_in_chunks_gives_the_same_answer(
     served = serve(model, scheduling={"max_batched_tokens": 48})
     prompts = [prompt(777), prompt(200)]
     answers = served.run(*(greedy(str(len(p)), p) for p in prompts))
-    assert answers == [model.answer(p) for p in prompts]
+    assert answers == model.expected(prompts, answers)
     assert served.engine.stats().steps >= 977 // 48
 
 
@@ -176,7 +175,7 @@ def test_a_known_prefix_is_not_computed_again(family: str, make_model: Make, ser
     served.run(greedy("first", first))
     computed = served.engine.stats().prompt_tokens_computed
     answer = served.run(greedy("second", second))
-    assert answer == [model.answer(second)]
+    assert answer == model.expected([second], answer)
     assert served.outputs["second"][0].cached_tokens == 144  # nine full blocks of 16
     assert served.engine.stats().prompt_tokens_computed - computed == len(second) - 144
 
@@ -184,7 +183,8 @@ def test_a_known_prefix_is_not_computed_again(family: str, make_model: Make, ser
 def test_the_same_prompt_again_computes_its_last_block_only(make_model: Make, serve: Start) -> None:
     model, served = make_model("llama"), serve(make_model("llama"))
     served.run(greedy("first", prompt(64)))
-    assert served.run(greedy("again", prompt(64))) == [model.answer(prompt(64))]
+    answer = served.run(greedy("again", prompt(64)))
+    assert answer == model.expected([prompt(64)], answer)
     assert served.outputs["again"][0].cached_tokens == 48
 
 
@@ -205,7 +205,7 @@ def test_sequences_preempted_for_lack_of_blocks_give_the_same_answers(
     served = serve(model, memory_bytes=(MAX_LEN // 16) * block_bytes, prefix_reuse=reuse)
     prompts = [prompt(150, seed=10 + i) for i in range(6)]
     answers = served.run(*(greedy(str(i), p, 60) for i, p in enumerate(prompts)))
-    assert answers == [model.answer(p, 60) for p in prompts]
+    assert answers == model.expected(prompts, answers, 60)
     assert served.engine.stats().preemptions > 0
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tests.runtime.engine.conftest import IN_FLIGHT, LENGTHS, NEW_TOKENS, Tokens, prompt
+from tests.runtime.engine.conftest import IN_FLIGHT, LENGTHS, prompt
+from tests.runtime.reference import NEW_TOKENS, Model, Tokens
 
 from broadbeam_runtime import checkpoint
 
@@ -21,24 +21,6 @@ StartPod = Callable[..., Any]
 PROMPTS = [prompt(length) for length in LENGTHS]
 TOGETHER = [prompt(length, seed=1) for length in IN_FLIGHT]
 BY_SOURCE = "vllm:prompt_tokens_by_source_total"
-
-
-class Reference:
-    """transformers' model of the same weights."""
-
-    def __init__(self, directory: Path) -> None:
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()
-        self._model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-
-    def greedy(self, tokens: Tokens, answer: list[int]) -> list[int]:
-        """What it chooses after the prompt and after each token of `answer` but the last, in one pass: equal
-        to `answer` if and only if that is the greedy answer."""
-        with torch.inference_mode():
-            logits = self._model(torch.tensor([[*tokens, *answer[:-1]]])).logits[0, len(tokens) - 1 :]
-        return [int(token) for token in logits.argmax(-1)]
 
 
 @dataclass(frozen=True)
@@ -66,7 +48,7 @@ class Group:
 class Pair:
     """A prefill group, a decode group, and what their answers must equal."""
 
-    reference: Reference
+    model: Model
     prefill: Group
     decode: Group
 
@@ -89,8 +71,8 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reference(cache: Path) -> Callable[[str], Reference]:
-    return functools.cache(lambda family: Reference(checkpoint.prepare(f"tiny://{family}", cache)))
+def model_of(cache: Path) -> Callable[[str], Model]:
+    return functools.cache(lambda family: Model(checkpoint.prepare(f"tiny://{family}", cache)))
 
 
 def settings(family: str, role: str, connector: str, ranks: int) -> dict[str, Any]:
@@ -121,17 +103,16 @@ def pair(
     request: pytest.FixtureRequest,
     start_shared_pod: StartPod,
     cache: Path,
-    reference: Callable[[str], Reference],
+    model_of: Callable[[str], Model],
 ) -> Iterator[Pair]:
     family, connector, prefill_ranks, decode_ranks = request.param
     groups = [
         Group(start_shared_pod(settings(family, role, connector, ranks), "--cache", str(cache)), ranks)
         for role, ranks in (("prefill", prefill_ranks), ("decode", decode_ranks))
     ]
-    expected = reference(family)  # loaded while the servers start
     for group in groups:
         group.pod.ready()
-    yield Pair(expected, *groups)
+    yield Pair(model_of(family), *groups)
     for group in groups:
         group.pod.stop()
 
@@ -139,23 +120,21 @@ def pair(
 def test_the_decode_group_goes_on_where_the_prefill_group_ended(pair: Pair) -> None:
     for index, tokens in enumerate(PROMPTS):
         answer = pair.answer(index, tokens)
-        assert len(answer) == NEW_TOKENS
-        assert answer == pair.reference.greedy(tokens, answer), f"{len(tokens)} tokens"
+        assert [answer] == pair.model.expected([tokens], [answer]), f"{len(tokens)} tokens"
         assert answer == pair.prefill.ask(index, tokens)["choices"][0]["token_ids"], "by one server alone"
     assert pair.decode.pod.metric(BY_SOURCE, source="local_compute") == 0
 
 
 def test_a_prefill_leg_of_several_tokens_passes_on_the_first(pair: Pair) -> None:
     answer = pair.answer(0, PROMPTS[2], prefilled=3)
-    assert answer == pair.reference.greedy(PROMPTS[2], answer)
+    assert [answer] == pair.model.expected([PROMPTS[2]], [answer])
 
 
 def test_sixteen_requests_in_flight_are_answered_as_if_alone_and_all_blocks_are_freed(pair: Pair) -> None:
     prefill, decode = pair.prefill.pod, pair.decode.pod
     before = decode.metric(BY_SOURCE, source="external_kv_transfer")
     answers = pair.answers(TOGETHER)
-    assert all(len(answer) == NEW_TOKENS for answer in answers)
-    assert answers == [pair.reference.greedy(*both) for both in zip(TOGETHER, answers, strict=True)]
+    assert answers == pair.model.expected(TOGETHER, answers)
     assert decode.metric(BY_SOURCE, source="external_kv_transfer") - before == sum(IN_FLIGHT)
     assert decode.metric(BY_SOURCE, source="local_compute") == 0
     prefill.wait(lambda: prefill.metric("broadbeam:held_blocks") == 0)
