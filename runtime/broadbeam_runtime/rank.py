@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -10,7 +11,8 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import uvloop
@@ -54,6 +56,18 @@ def _one_line(error: BaseException) -> str:
     return text if named else f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No search for garbage during an import of hundreds of thousands of objects that stay: half a second for
+    torch. Later searches leave them out."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def create_engine(
     settings: RankSettings,
     config: EngineConfig,
@@ -73,7 +87,8 @@ def create_engine(
 
         connector = connectors.simulated(config, host, settings.side_channel_port)
         return SimEngine(config, rank=identity, connector=connector, progress=progress, on_failure=on_failure)
-    from broadbeam_runtime.engine import TorchEngine
+    with uncollected():
+        from broadbeam_runtime.engine import TorchEngine
 
     if settings.model_dir is None:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from broadbeam_runtime.checkpoint import CheckpointError
 from broadbeam_runtime.core import LoadProgress, RankIdentity, SamplingParams
 from broadbeam_runtime.engine import TorchEngine
 from broadbeam_runtime.kv.memory import container_bytes, free_bytes
+from broadbeam_runtime.rank import uncollected
 
 Start = Callable[..., Served]
 Make = Callable[..., Model]
@@ -162,3 +164,9 @@ def test_stats_count_tokens_and_memory(make_model: Make, serve: Start) -> None:
     assert (stats.prompt_tokens_computed, stats.generation_tokens, stats.steps) == (64, 12, 12)
     assert stats.kv_bytes == stats.kv_blocks * stats.block_size * 4 * 128 * 4
     assert stats.weight_bytes == 3_279_104 * 4
+
+
+def test_an_import_without_a_search_for_garbage_leaves_the_search_on() -> None:
+    with uncollected():
+        assert not gc.isenabled()
+    assert gc.isenabled()
