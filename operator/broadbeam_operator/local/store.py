@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -11,6 +10,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 from uuid import uuid4
+
+import msgspec
 
 from broadbeam_operator.cluster import POD, ClusterError, Kind, Object, kind_of, timestamp
 
@@ -51,7 +52,7 @@ class Store:
 
     async def get(self, kind: Kind, namespace: str, name: str) -> Object | None:
         entry = self._entries.get((kind.plural, namespace, name))
-        return None if entry is None else copy.deepcopy(entry.obj)
+        return None if entry is None else _copy(entry.obj)
 
     async def list(
         self, kind: Kind, namespace: str | None, labels: Mapping[str, str] | None = None
@@ -60,7 +61,7 @@ class Store:
 
     async def apply(self, obj: Object, new: bool = False) -> Object:
         """Merge `obj`; what our last apply had and this one lacks goes, lists are replaced whole."""
-        wanted = copy.deepcopy(obj)
+        wanted = _copy(obj)
         wanted.pop("status", None)
         key = _key(obj)
         entry = self._entries.get(key)
@@ -91,8 +92,8 @@ class Store:
         if (entry := self._entries.get(key)) is None:
             return
         before = entry.obj.get("status") or {}
-        merged = merge(without(before, entry.applied_status, status), copy.deepcopy(status))
-        entry.applied_status = copy.deepcopy(status)
+        merged = merge(without(before, entry.applied_status, status), _copy(status))
+        entry.applied_status = _copy(status)
         self._replace(key, {**entry.obj, "status": merged})
 
     async def patch_pod_condition(self, namespace: str, name: str, condition: Mapping[str, str]) -> None:
@@ -115,7 +116,7 @@ class Store:
         """Objects with all of `labels`, by name."""
         wanted = (labels or {}).items()
         found = [
-            copy.deepcopy(entry.obj)
+            _copy(entry.obj)
             for (plural, within, _), entry in self._entries.items()
             if plural == kind.plural
             and namespace in (None, within)
@@ -128,7 +129,7 @@ class Store:
         key = _key(obj)
         if key in self._entries:
             raise _exists(key)
-        return self._create(key, copy.deepcopy(obj))
+        return self._create(key, _copy(obj))
 
     def set_status(self, obj: Object, status: Object) -> None:
         """Replace the status of what is still there of `obj`; conditions of other types are kept."""
@@ -137,7 +138,7 @@ class Store:
         if entry is None or entry.obj["metadata"]["uid"] != obj["metadata"]["uid"]:
             return
         before = (entry.obj.get("status") or {}).get("conditions") or []
-        status = copy.deepcopy(status)
+        status = _copy(status)
         if before or "conditions" in status:
             status["conditions"] = merge_conditions(before, status.get("conditions") or [])
         self._replace(key, {**entry.obj, "status": status})
@@ -163,10 +164,10 @@ class Store:
 
     def _create(self, key: Key, obj: Object, applied: Object | None = None) -> Object:
         meta = {**obj["metadata"], "uid": str(uuid4()), "creationTimestamp": _now(), "generation": 1}
-        entry = self._entries[key] = _Entry({**obj, "metadata": meta}, copy.deepcopy(applied or {}))
+        entry = self._entries[key] = _Entry({**obj, "metadata": meta}, _copy(applied or {}))
         self._touch(entry.obj)
         self._collect()  # its owner may be gone already
-        return copy.deepcopy(entry.obj)
+        return _copy(entry.obj)
 
     def _replace(self, key: Key, obj: Object) -> Object:
         entry = self._entries[key]
@@ -174,9 +175,9 @@ class Store:
             meta = dict(obj["metadata"])
             if _content(obj) != _content(entry.obj):
                 meta["generation"] = meta["generation"] + 1
-            entry.obj = copy.deepcopy({**obj, "metadata": meta})
+            entry.obj = _copy({**obj, "metadata": meta})
             self._touch(entry.obj)
-        return copy.deepcopy(entry.obj)
+        return _copy(entry.obj)
 
     def _touch(self, obj: Object) -> None:
         self._wake()
@@ -201,6 +202,12 @@ class Store:
             elif "deletionTimestamp" not in entry.obj["metadata"]:
                 entry.obj["metadata"]["deletionTimestamp"] = _now()
                 self._touch(entry.obj)
+
+
+def _copy(obj: Mapping[str, Any]) -> Object:
+    """Through JSON, as an API server makes one; in less than half the time of copy.deepcopy."""
+    copied: Object = msgspec.json.decode(msgspec.json.encode(obj))
+    return copied
 
 
 def merge(into: Mapping[str, Any], patch: Mapping[str, Any]) -> Object:
