@@ -52,12 +52,13 @@ setup: .venv/.stamp-$(TORCH_BACKEND) ## make the virtual environment .venv
 demo: setup ## serve a small real model with prefill and decode apart, ask it one question (PROMPT="…")
 	@$(BIN)/broadbeam demo examples/laptop.yaml --prompt="$$PROMPT"
 
+# Every clone finds what mypy knows of torch, which takes it a minute to learn.
 .PHONY: check
 check: setup ## format, lint, types, import contracts, generated files fresh
 	@! ls */__init__.py 2>/dev/null
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
-	@$(BIN)/mypy
+	@$(BIN)/mypy --cache-dir "$(CACHE)/mypy"
 	@$(BIN)/lint-imports
 	@$(BIN)/python -m broadbeam_crds.schema --check
 
