@@ -22,6 +22,8 @@ from typing import Any
 import openai
 import pytest
 
+pytestmark = pytest.mark.slow
+
 KEY = "sk-test"
 MODEL = "harbour"
 ASK: dict[str, Any] = {"model": MODEL, "temperature": 0}

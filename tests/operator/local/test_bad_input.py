@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from tests.operator.local.desk import PROMPT, Desk
 
+pytestmark = pytest.mark.slow
+
 
 async def test_a_port_in_use_is_one_line_that_says_what_to_do(desk: Desk) -> None:
     with socket.create_server(("127.0.0.1", desk.port)):

@@ -12,6 +12,8 @@ from tests.runtime.engine.conftest import FAMILIES, IN_FLIGHT, LENGTHS, MAX_LEN,
 
 from broadbeam_runtime import tiny
 
+pytestmark = pytest.mark.slow
+
 Start = Callable[..., Served]
 Make = Callable[..., Model]
 YARN = {

@@ -15,6 +15,8 @@ from tests.runtime.conftest import hung_up
 from broadbeam_runtime.sim_blocks import BlockPool, block_keys
 from broadbeam_runtime.sim_tokenizer import SimTokenizer
 
+pytestmark = pytest.mark.slow
+
 StartPod = Callable[..., Any]
 GROUPS = (
     (f"127.232.{os.getpid() % 250}.{n}", f"127.232.{os.getpid() % 250}.{n + 1}") for n in range(1, 250, 2)

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 StartPod = Callable[..., Any]
 TWO = {"parallel": {"data": 2, "ranks_per_node": 2}}
 

@@ -23,6 +23,8 @@ from broadbeam_runtime.kv.side_channel import ToDecode, Welcome, hello
 sys.path.insert(0, str(Path(__file__).parent))
 import transfer_peer
 
+pytestmark = pytest.mark.slow
+
 BLOCK_BYTES = 4096
 BLOCKS = 64
 LAYOUT = PoolLayout("tiny", "uint8", 16, BLOCK_BYTES, 1, BLOCK_BYTES // 16)
