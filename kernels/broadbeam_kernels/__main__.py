@@ -1,4 +1,4 @@
-"""`python -m broadbeam_kernels bench [OPERATION…]`: time the kernels against their floors and peers."""
+"""Time the kernels against their floors and peers, record it, find a device's launch parameters."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
-from .bench import matrix, memory, packed, portable, report
+from .bench import matrix, memory, packed, portable, report, tune
 from .bench.case import Case, Row, measure_ceilings, time_case, versions
 from .bench.run import Outcome, measure
 from .testing import Timer
+from .tuning import TUNED, device_name
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUPS: dict[str, Callable[[], Iterator[Case]]] = {
@@ -55,6 +56,10 @@ Peers are used where they can be imported: torch, DeepGEMM (sgl-deep-gemm), Flas
 Rows go to --baselines by operation, shape and device, so that devices keep apart; medians more than 10 %
 above the accepted ones of the same device are warned of. Table and picture go to --page.
 """
+TUNE = """\
+Times the candidates of every launch parameter on the cases of `bench`, and writes what was faster into the
+table of the device at hand, which it is launched by from then on. Run the tests marked gpu afterwards.
+"""
 EPILOG = """\
 exit status:
   0  every case was measured
@@ -66,6 +71,7 @@ examples:
   python -m broadbeam_kernels bench quantize fp8_gemm
   until python -m broadbeam_kernels bench --minutes 9 --run rows.jsonl; do [ $? = 3 ] || break; done
   python -m broadbeam_kernels report rows.jsonl     # rows of another machine, into this checkout
+  python -m broadbeam_kernels tune quantize         # a new device's launch parameters
 """
 
 
@@ -76,12 +82,19 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser(
         "bench", help="measure, compare, record", description=BENCH, epilog=EPILOG, formatter_class=form
     )
-    bench.add_argument("operations", nargs="*", metavar="OPERATION", help="which to time (all of them)")
-    bench.add_argument(
-        "--budget-ms", type=float, default=20.0, metavar="MS", help="device time per measurement (20)"
+    tuner = commands.add_parser(
+        "tune", help="find launch parameters for this device", description=TUNE, formatter_class=form
     )
-    bench.add_argument(
-        "--minutes", type=float, default=float("inf"), metavar="N", help="begin no case after N minutes"
+    for command in (bench, tuner):
+        command.add_argument("operations", nargs="*", metavar="OPERATION", help="which to time (all of them)")
+        command.add_argument(
+            "--budget-ms", type=float, default=20.0, metavar="MS", help="device time per measurement (20)"
+        )
+        command.add_argument(
+            "--minutes", type=float, default=float("inf"), metavar="N", help="begin no case after N minutes"
+        )
+    tuner.add_argument(
+        "--table", type=Path, metavar="FILE", help="where rules go (the device's table beside the kernels)"
     )
     bench.add_argument(
         "--run", type=Path, metavar="FILE",
@@ -118,8 +131,10 @@ def _record(baselines: Path, page: Path, accepted: list[Row], rows: list[Row]) -
 def _refusal(arguments: argparse.Namespace) -> str | None:
     """Why nothing can be measured."""
     unknown = sorted(set(arguments.operations) - set(GROUPS))
-    if arguments.run and not arguments.run.parent.is_dir():
-        return f"--run {arguments.run}: there is no folder {arguments.run.parent}"
+    for option in ("run", "table"):
+        path = getattr(arguments, option, None)
+        if path and not path.parent.is_dir():
+            return f"--{option} {path}: there is no folder {path.parent}"
     if unknown:
         return f"no operation {', '.join(unknown)}; there are {', '.join(GROUPS)}"
     return None if torch.cuda.is_available() else "the kernels' benchmarks need a CUDA device"
@@ -169,12 +184,36 @@ def _bench(arguments: argparse.Namespace) -> int:
     return FAILED if outcome.failures else DONE
 
 
+def _tune(arguments: argparse.Namespace) -> int:
+    refusal = _refusal(arguments)
+    if refusal is not None:
+        print(refusal, file=sys.stderr)
+        return REFUSED
+    deadline = time.monotonic() + 60 * arguments.minutes
+    device = torch.device("cuda", torch.cuda.current_device())
+    trials = tune.tune(
+        {name: GROUPS[name] for name in arguments.operations or GROUPS},
+        Timer(arguments.budget_ms),
+        lambda sentence: print(sentence, flush=True),
+        out_of_time=lambda: time.monotonic() >= deadline,
+    )
+    for trial in trials:
+        launch, gain = trial.best()
+        print(f"{trial.operation} {trial.rule.get('when', '')}: {gain:.3f}x with {launch}")
+    path = arguments.table or TUNED / f"{device_name(device.index)}.json"
+    tune.write(path, tune.table(trials, device))
+    print(f"written to {path}")
+    return DONE
+
+
 def main(argv: list[str] | None = None) -> int:
     """See `bench --help` for the exit status."""
     arguments = _parser().parse_args(argv)
     if arguments.command == "bench":
         return _bench(arguments)
-    rows = [row for path in arguments.rows for row in report.read(path)]
+    if arguments.command == "tune":
+        return _tune(arguments)
+    rows = report.merge((), (row for path in arguments.rows for row in report.read(path)))
     _record(arguments.baselines, arguments.page, report.read(arguments.baselines), rows)
     return DONE
 

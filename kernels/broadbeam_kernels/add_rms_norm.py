@@ -16,6 +16,7 @@ from torch import Tensor
 from . import codes
 from .contracts import HALF_TYPES, check, check_rows, check_shape, check_tensor, launches
 from .formats import Fp8Block, Quantized, empty_fp8_scales
+from .overlap import begin, early
 from .reference import norm as oracle
 from .tuning import config
 
@@ -38,7 +39,9 @@ def _kernel(
     POW2: tl.constexpr,
     BYTE: tl.constexpr,
     GROUPS: tl.constexpr,  # power of two >= columns / 128
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     group = tl.arange(0, GROUPS)
     column = group[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -109,6 +112,7 @@ def add_rms_norm(
             POW2=fmt is not None and fmt.scale != "float32",
             BYTE=fmt is not None and fmt.scale == "ue8m0",
             GROUPS=triton.next_power_of_2(triton.cdiv(columns, 128)),
+            **early(x.device, rows),
             **config("add_rms_norm", x.device, columns=columns),
         )
     return out if fmt is None else Quantized(out, scales, fmt, (rows, columns))

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .contracts import FP8_TYPES, HALF_TYPES, check, check_shape, check_tensor, launches
+from .overlap import begin, early
 from .reference import layout as oracle
 from .tuning import config
 
@@ -32,7 +33,9 @@ def _kernel(
     NOPE: tl.constexpr,
     ROPE: tl.constexpr,
     HEADS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     chunks = tl.cdiv(heads, HEADS)
     token = (tl.program_id(0) // chunks).to(tl.int64)
     head = (tl.program_id(0) % chunks) * HEADS + tl.arange(0, HEADS)
@@ -78,7 +81,8 @@ def concat_mla_k(k_nope: Tensor, k_rope: Tensor, out: Tensor | None = None) -> T
         return oracle.concat_mla_k(k_nope, k_rope, out)
     if out.numel():
         tuned = config("concat_mla_k", out.device, tokens=tokens, bytes=out.element_size())
-        _kernel[(tokens * triton.cdiv(heads, tuned["HEADS"]),)](
+        programs = tokens * triton.cdiv(heads, tuned["HEADS"])
+        _kernel[(programs,)](
             out,
             k_nope,
             k_rope,
@@ -90,6 +94,7 @@ def concat_mla_k(k_nope: Tensor, k_rope: Tensor, out: Tensor | None = None) -> T
             heads,
             NOPE=nope,
             ROPE=rope,
+            **early(out.device, programs),
             **tuned,
         )
     return out

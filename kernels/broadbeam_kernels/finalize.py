@@ -8,12 +8,15 @@ Bound by memory: top-k * 2 bytes in and 2 out per value.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .contracts import HALF_TYPES, WIDEST, check, check_range, check_shape, check_tensor, launches
+from .overlap import begin, early
 from .reference import layout as oracle
 from .tuning import config
 
@@ -28,7 +31,9 @@ def _kernel(
     y_row,
     TOPK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     mask = column < columns
@@ -63,7 +68,6 @@ def finalize(y: Tensor, rows: Tensor, weights: Tensor, columns: int | None = Non
         y = y if y.stride(1) == 1 else y.contiguous()
         tuned = config("finalize", y.device)
         grid = (tokens, triton.cdiv(columns, tuned["COLUMNS"]))
-        _kernel[grid](
-            y, rows.contiguous(), weights.contiguous(), out, columns, y.stride(0), TOPK=topk, **tuned
-        )
+        operands = (y, rows.contiguous(), weights.contiguous(), out)
+        _kernel[grid](*operands, columns, y.stride(0), TOPK=topk, **early(y.device, math.prod(grid)), **tuned)
     return out

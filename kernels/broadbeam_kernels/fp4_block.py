@@ -14,12 +14,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
 
 from . import codes
 from .contracts import paired
 from .formats import Mxfp4, Nvfp4, Quantized, swizzled_size
-from .tuning import config, launches_overlap
+from .overlap import begin, early
+from .tuning import config
 
 
 @triton.jit
@@ -83,9 +83,11 @@ def _quantize_kernel(
     PADDED: tl.constexpr,
     BLOCKS_ROW: tl.constexpr,
     MAXIMA: tl.constexpr,  # 0, or a power of two >= maxima: g comes from the tensor's maxima
-    OVERLAP: tl.constexpr,  # this launch may have started before the maxima are there
+    OVERLAP: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
+    if not MAXIMA:
+        begin(OVERLAP)
     program = tl.program_id(0)
     if MAXIMA:  # backwards, because the caches hold what the maxima read last
         program = tl.num_programs(0) - 1 - program
@@ -108,8 +110,7 @@ def _quantize_kernel(
     amax = codes.pair_amax(pairs, 1, BF16)
     if NVFP4:
         if MAXIMA:
-            if OVERLAP:
-                gdc_wait()
+            begin(OVERLAP)  # not before: what the maxima are of was there when their launch began
             g = _global_scale(maxima_ptr, maxima, MAXIMA)
             if tl.program_id(0) == 0:
                 tl.store(global_ptr, g)
@@ -136,8 +137,10 @@ def _dequantize_kernel(
     BF16: tl.constexpr,
     SWIZZLED: tl.constexpr,
     BLOCKS_ROW: tl.constexpr,
+    OVERLAP: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
+    begin(OVERLAP)
     index = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     inside = index < total
     WORDS: tl.constexpr = 8 if NVFP4 else 16
@@ -182,11 +185,11 @@ def quantize_blocks(
     if maxima is not None:
         global_scale = torch.empty(1, dtype=torch.float32, device=x.device)
     flat = x.is_contiguous() and n == columns and not swizzled
-    overlap = maxima is not None and launches_overlap(x.device)
     facts = {"swizzled": swizzled, "maxima": maxima is not None}
     tuned = config("nvfp4_quantize" if nvfp4 else "mxfp4_quantize", x.device, **facts)
-    if total:
-        _quantize_kernel[(triton.cdiv(total, tuned["BLOCKS"]),)](
+    programs = triton.cdiv(total, tuned["BLOCKS"])
+    if programs:
+        _quantize_kernel[(programs,)](
             x.view(torch.int32),
             values,
             scales,
@@ -204,8 +207,7 @@ def quantize_blocks(
             PADDED=n != columns,
             BLOCKS_ROW=1 if flat else blocks,  # flat rows of any width share a compilation
             MAXIMA=0 if maxima is None else triton.next_power_of_2(maxima.numel()),
-            OVERLAP=overlap,
-            **({"launch_pdl": True} if overlap else {}),
+            **early(x.device, programs),
             **tuned,
         )
     return Quantized(values, scales, fmt, (rows, columns), global_scale)
@@ -219,8 +221,9 @@ def dequantize_blocks(q: Quantized, dtype: torch.dtype) -> Tensor:
     blocks = columns // q.format.block
     nvfp4, swizzled = isinstance(q.format, Nvfp4), q.format.scales == "swizzled"
     tuned = config("nvfp4_dequantize" if nvfp4 else "mxfp4_dequantize", out.device)
-    if rows * blocks:
-        _dequantize_kernel[(triton.cdiv(rows * blocks, tuned["BLOCKS"]),)](
+    programs = triton.cdiv(rows * blocks, tuned["BLOCKS"])
+    if programs:
+        _dequantize_kernel[(programs,)](
             q.values.contiguous(),
             q.scales.contiguous(),
             q.values if q.global_scale is None else q.global_scale,
@@ -230,6 +233,7 @@ def dequantize_blocks(q: Quantized, dtype: torch.dtype) -> Tensor:
             BF16=dtype == torch.bfloat16,
             SWIZZLED=swizzled,
             BLOCKS_ROW=blocks if swizzled else 1,
+            **early(out.device, programs),
             **tuned,
         )
     return out

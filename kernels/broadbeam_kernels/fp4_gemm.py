@@ -55,7 +55,7 @@ def _launch_cuda(
     if native is None:
         return False
     chosen = native.Tile(**tile)
-    if experts is None:
+    if experts is None and "split" not in tile:
         chosen = native.spread(chosen, x, w.shape[1])
     return bool(native.launch(x, w, experts, block, out, chosen))
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import codes
 from .contracts import HALF_TYPES, check_quantized, check_size, check_tensor, check_type, launches
 from .formats import FP8_BLOCK128, Fp8Block, Quantized, empty_fp8_scales
+from .overlap import begin, early
 from .reference import quantize as oracle
 from .tuning import config
 
@@ -37,7 +38,9 @@ def _quantize_rows_kernel(
     WRITE_WHOLE: tl.constexpr,  # padded columns do
     GROUPS_ROW: tl.constexpr,
     GROUPS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     index = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     inside = index < total
     row32 = index // GROUPS_ROW
@@ -63,7 +66,9 @@ def _quantize_tiles_kernel(
     groups,
     POW2: tl.constexpr,
     BYTE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     tile_row = tl.program_id(0) // groups
     tile_column = tl.program_id(0) % groups
     row = tile_row * 128 + tl.arange(0, 128)
@@ -91,7 +96,9 @@ def _dequantize_kernel(
     BYTE: tl.constexpr,
     WHOLE: tl.constexpr,
     GROUPS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     index = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     inside = index < total
     row32 = index // groups
@@ -118,8 +125,9 @@ def quantize_rows(x: Tensor, columns: int, fmt: Fp8Block) -> Quantized:
     scales = empty_fp8_scales(fmt, rows, columns, x.device)
     groups = triton.cdiv(columns, 128)
     tuned = config("fp8_quantize_rows", x.device)
-    if values.numel():
-        _quantize_rows_kernel[(triton.cdiv(rows * groups, tuned["GROUPS"]),)](
+    programs = triton.cdiv(rows * groups, tuned["GROUPS"])
+    if programs:
+        _quantize_rows_kernel[(programs,)](
             x,
             values,
             scales,
@@ -134,6 +142,7 @@ def quantize_rows(x: Tensor, columns: int, fmt: Fp8Block) -> Quantized:
             READ_WHOLE=n == columns and columns % 128 == 0,
             WRITE_WHOLE=columns % 128 == 0,
             GROUPS_ROW=groups,
+            **early(x.device, programs),
             **tuned,
         )
     return Quantized(values, scales, fmt, (rows, columns))
@@ -145,8 +154,9 @@ def _quantize_tiles(x: Tensor, fmt: Fp8Block) -> Quantized:
     values = torch.empty((rows, columns), dtype=torch.float8_e4m3fn, device=x.device)
     scales = empty_fp8_scales(fmt, rows, columns, x.device)
     groups = triton.cdiv(columns, 128)
-    if values.numel():
-        _quantize_tiles_kernel[(triton.cdiv(rows, 128) * groups,)](
+    programs = triton.cdiv(rows, 128) * groups
+    if programs:
+        _quantize_tiles_kernel[(programs,)](
             x,
             values,
             scales,
@@ -156,6 +166,7 @@ def _quantize_tiles(x: Tensor, fmt: Fp8Block) -> Quantized:
             groups,
             POW2=fmt.scale != "float32",
             BYTE=fmt.scale == "ue8m0",
+            **early(x.device, programs),
             **config("fp8_quantize_tiles", x.device),
         )
     return Quantized(values, scales, fmt, (rows, columns))
@@ -185,8 +196,9 @@ def dequantize_fp8_block(q: Quantized, dtype: torch.dtype = torch.bfloat16) -> T
     out = torch.empty((rows, columns), dtype=dtype, device=q.values.device)
     groups = triton.cdiv(columns, 128)
     tuned = config("fp8_dequantize", out.device)
-    if out.numel():
-        _dequantize_kernel[(triton.cdiv(rows * groups, tuned["GROUPS"]),)](
+    programs = triton.cdiv(rows * groups, tuned["GROUPS"])
+    if programs:
+        _dequantize_kernel[(programs,)](
             q.values.contiguous(),
             q.scales,
             out,
@@ -198,6 +210,7 @@ def dequantize_fp8_block(q: Quantized, dtype: torch.dtype = torch.bfloat16) -> T
             TILED=q.format.rows == 128,
             BYTE=q.format.scale == "ue8m0",
             WHOLE=columns % 128 == 0,
+            **early(out.device, programs),
             **tuned,
         )
     return out

@@ -26,6 +26,7 @@ from .contracts import (
     check_tensor,
 )
 from .fp4_gemm import Weights, grouped_fp4_gemm
+from .overlap import begin, early
 from .packed_weights import PackedWeights
 from .paths import matrix_path, runs_kernels
 from .reference import masked_gemm as oracle
@@ -35,7 +36,10 @@ BLOCKS = (16, 32, 64, 128, 256)  # rows of a block that the contiguous FP4 produ
 
 
 @triton.jit
-def _used_blocks_kernel(count_ptr, table_ptr, total, per_expert, block, ENTRIES: tl.constexpr):
+def _used_blocks_kernel(
+    count_ptr, table_ptr, total, per_expert, block, ENTRIES: tl.constexpr, OVERLAP: tl.constexpr
+):
+    begin(OVERLAP)
     index = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
     expert = index // per_expert
     used = tl.load(count_ptr + expert, mask=index < total, other=0)
@@ -55,10 +59,10 @@ def used_blocks(count: Tensor, slots: int, block: int) -> Tensor:
         return oracle.used_blocks(count, slots, block)
     total = count.numel() * (slots // block)
     table = torch.empty(total, dtype=torch.int32, device=count.device)
-    if total:
-        _used_blocks_kernel[(triton.cdiv(total, 1024),)](
-            count, table, total, slots // block, block, ENTRIES=1024, num_warps=4
-        )
+    programs = triton.cdiv(total, 1024)
+    if programs:
+        options = {"ENTRIES": 1024, "num_warps": 4, **early(count.device, programs)}
+        _used_blocks_kernel[(programs,)](count, table, total, slots // block, block, **options)
     return table
 
 

@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from . import codes
 from .contracts import (
@@ -29,8 +28,9 @@ from .contracts import (
 )
 from .formats import NVFP4, NVFP4_RANGE, Nvfp4, Quantized
 from .fp4_block import dequantize_blocks, quantize_blocks
+from .overlap import early, release, wait
 from .reference import quantize as oracle
-from .tuning import config, launches_overlap
+from .tuning import config
 
 
 @triton.jit
@@ -45,6 +45,7 @@ def _maxima_kernel(
     OVERLAP: tl.constexpr,
     WORDS: tl.constexpr,
 ):
+    wait(OVERLAP)
     best = tl.zeros((WORDS // 8,), tl.float32)
     for start in tl.range(tl.program_id(0) * WORDS, total, tl.num_programs(0) * WORDS):
         index = start + tl.arange(0, WORDS // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
@@ -54,8 +55,7 @@ def _maxima_kernel(
             at = row.to(tl.int64) * row_words + (index - row * columns)
         words = tl.load(x_ptr + at, mask=index < total, other=0)
         best = tl.maximum(best, codes.pair_amax(words, 1, BF16))
-    if OVERLAP:
-        gdc_launch_dependents()
+    release(OVERLAP)
     tl.store(maxima_ptr + tl.program_id(0), tl.max(best, axis=0))
 
 
@@ -79,7 +79,7 @@ def _maxima(x: Tensor) -> Tensor:
         words,
         BF16=x.dtype == torch.bfloat16,
         FLAT=x.is_contiguous(),
-        OVERLAP=launches_overlap(x.device),
+        **early(x.device, programs),
         **tuned,
     )
     return out

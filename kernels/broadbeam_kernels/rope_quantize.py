@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import codes
 from .contracts import HALF_TYPES, check, check_range, check_shape, check_tensor, launches, paired
+from .overlap import begin, early
 from .reference import rope as oracle
 from .tuning import config
 
@@ -95,7 +96,9 @@ def _kernel(
     CACHE: tl.constexpr,
     KEY_OUT: tl.constexpr,
     HEADS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     chunks = tl.cdiv(heads, HEADS)
     programs = chunks + (1 if CACHE or KEY_OUT else 0)
     token = (tl.program_id(0) // programs).to(tl.int64)
@@ -264,10 +267,10 @@ def _launch(
     latent = kv.kv_c if kv is not None else q_nope
     latent = latent if latent.stride(-1) == 1 else latent.contiguous()
     tuned = config("rope_quantize", out.device, tokens=tokens, nope=nope)
-    programs = triton.cdiv(heads, tuned["HEADS"]) + int(kv is not None or k_rope_out is not None)
+    programs = tokens * (triton.cdiv(heads, tuned["HEADS"]) + int(kv is not None or k_rope_out is not None))
     if not programs:
         return
-    _kernel[(programs * tokens,)](
+    _kernel[(programs,)](
         q_nope,
         q_rope,
         latent,
@@ -297,5 +300,6 @@ def _launch(
         BF16=q_nope.dtype == torch.bfloat16,
         CACHE=kv is not None,
         KEY_OUT=k_rope_out is not None,
+        **early(out.device, programs),
         **tuned,
     )

@@ -9,6 +9,8 @@ groups; programs past an expert's count leave at once.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +19,7 @@ from torch import Tensor
 from . import codes
 from .contracts import HALF_TYPES, check, check_indices, check_multiple, check_size, check_tensor, launches
 from .formats import FP8_BLOCK128, Fp8Block, Quantized, empty_fp8_scales
+from .overlap import begin, early
 from .reference import silu_mul_quant as oracle
 from .tuning import config
 
@@ -42,7 +45,9 @@ def _kernel(
     BYTE: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    begin(OVERLAP)
     # Some rows by some groups: few programs find nothing to do, and an expert with one row still spreads.
     first = tl.program_id(0) * ROWS
     expert = tl.program_id(2).to(tl.int64)
@@ -88,6 +93,7 @@ def _launch(y: Tensor, count: Tensor | None, values: Tensor, scales: Tensor, fmt
         MASKED=count is not None,
         POW2=fmt.scale != "float32",
         BYTE=fmt.scale == "ue8m0",
+        **early(y.device, math.prod(grid)),
         **tuned,
     )
 

@@ -3,8 +3,8 @@
 A table, `tuned/<name>.json`, maps an operation to a list of rules. A rule is an object with optional `when`
 ({"rows": [low, high]}, inclusive) and the launch parameters; the first rule that holds wins. Tables are asked
 in turn: the device's own (`nvidia_h100_80gb_hbm3`), its architecture's (`sm_90`), and `default`, which is
-safe everywhere. `"like": name` in a table continues with another one: an H200, which nobody has tuned yet, is
-a Hopper, and Hoppers without a table are launched as the H100 is.
+safe everywhere. `"like": name` in a table continues with another one: a Hopper without a table, or without a
+rule, is launched as the H100 is. `python -m broadbeam_kernels tune` measures, and writes a device's table.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,10 @@ import torch
 TUNED = Path(__file__).parent / "tuned"
 
 Launch = dict[str, Any]
+Rule = dict[str, Any]  # launch parameters, and `when` they hold
+
+_tried: ContextVar[tuple[str, Launch] | None] = ContextVar("launch parameters on trial", default=None)
+_asked: ContextVar[list[tuple[str, Rule]] | None] = ContextVar("operations asked about", default=None)
 
 
 @cache
@@ -48,11 +54,6 @@ def multiprocessors(index: int) -> int:
     return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
-def launches_overlap(device: torch.device) -> bool:
-    """Whether a launch may start before the one ahead of it ends, and wait inside (from Hopper on)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 def _holds(rule: Launch, facts: dict[str, int]) -> bool:
     return all(low <= facts[name] <= high for name, (low, high) in rule.get("when", {}).items())
 
@@ -68,19 +69,65 @@ def _tables(*names: str) -> Iterator[dict[str, Any]]:
 
 
 @cache
-def _choose(operation: str, names: tuple[str, ...], facts: tuple[tuple[str, int], ...]) -> Launch:
+def _choose(
+    operation: str, names: tuple[str, ...], facts: tuple[tuple[str, int], ...]
+) -> tuple[Rule, Launch]:
     known = dict(facts)
-    for table in _tables(*names):
-        for rule in table.get(operation, ()):
-            if _holds(rule, known):
-                return {key: value for key, value in rule.items() if key != "when"}
+    for rule in _rules(operation, names):
+        if _holds(rule, known):
+            return rule, launch_of(rule)
     raise KeyError(f"no launch parameters for {operation} with {known}")
+
+
+def _rules(operation: str, names: tuple[str, ...]) -> Iterator[Rule]:
+    for table in _tables(*names):
+        yield from table.get(operation, ())
+
+
+def launch_of(rule: Rule) -> Launch:
+    """What a rule says, less when."""
+    return {key: value for key, value in rule.items() if key != "when"}
+
+
+def _names(device: torch.device) -> tuple[str, ...]:
+    if device.type != "cuda":  # Triton's interpreter
+        return ("default",)
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return device_name(index), architecture(index), "default"
+
+
+def rules(operation: str, device: torch.device) -> list[Rule]:
+    """Every rule of `operation` that is looked at for `device`, in their order."""
+    return list(_rules(operation, _names(device)))
 
 
 def config(operation: str, device: torch.device, **facts: int) -> Launch:
     """Launch parameters (block sizes, num_warps, num_stages) of `operation` on `device` for `facts`."""
-    known = tuple(sorted(facts.items()))
-    if device.type != "cuda":  # Triton's interpreter
-        return _choose(operation, ("default",), known)
-    index = device.index if device.index is not None else torch.cuda.current_device()
-    return _choose(operation, (device_name(index), architecture(index), "default"), known)
+    tried, asked = _tried.get(), _asked.get()
+    if tried is not None and tried[0] == operation:
+        return tried[1]
+    rule, launch = _choose(operation, _names(device), tuple(sorted(facts.items())))
+    if asked is not None:
+        asked.append((operation, rule))
+    return launch
+
+
+@contextmanager
+def trying(operation: str, launch: Launch) -> Iterator[None]:
+    """`operation` is launched with `launch`, whatever the tables say."""
+    token = _tried.set((operation, launch))
+    try:
+        yield
+    finally:
+        _tried.reset(token)
+
+
+@contextmanager
+def asked() -> Iterator[list[tuple[str, Rule]]]:
+    """Which operations are launched meanwhile, and by which of their rules."""
+    found: list[tuple[str, Rule]] = []
+    token = _asked.set(found)
+    try:
+        yield found
+    finally:
+        _asked.reset(token)

@@ -71,7 +71,10 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(
 @pytest.mark.parametrize(("rows", "shape"), [*itertools.product([33, 64, 65, 128, 129, 512, 8192], SHAPES)])
 def test_a_chosen_tile_fits(rows: int, shape: tuple[int, int]) -> None:
     n, k = shape
-    tiles = [dense_tile(rows, n, k // 128, 132), grouped_tile(rows, 4, n, k // 128, 132)]
+    tiles = [
+        *(dense_tile(rows, n, k // 128, 132, alone) for alone in (1.0, 1.05)),
+        grouped_tile(rows, 4, n, k // 128, 132),
+    ]
     for tile in tiles:
         assert tile.ring >= 3
         assert tile.shared_bytes <= SHARED_BYTES

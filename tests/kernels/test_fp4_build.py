@@ -17,18 +17,25 @@ from broadbeam_kernels.formats import NVFP4
 from broadbeam_kernels.fp4_weights import Fp4Weights, prepare_fp4_weights
 from broadbeam_kernels.quantize import quantize
 from broadbeam_kernels.testing import gaussian
-from broadbeam_kernels.tuning import TUNED
+from broadbeam_kernels.tuning import TUNED, launch_of
 
-RULES = json.loads((TUNED / "default.json").read_text())
+TABLES = [json.loads(path.read_text()) for path in sorted(TUNED.glob("*.json"))]
 
 
 def table(operation: str) -> list[Tile]:
-    return [Tile(**{k: v for k, v in rule.items() if k != "when"}) for rule in RULES[operation]]
+    """The tiles of every device's table."""
+    rules = [launch_of(rule) for rules in TABLES for rule in rules.get(operation, ())]
+    return list(dict.fromkeys(Tile(**rule) for rule in rules))
+
+
+def name(tile: Tile) -> str:
+    early = f", {tile.early} early" if tile.early else ""
+    return f"{tile.tokens}, {tile.resident} resident{early}"
 
 
 TILES = [
-    *(pytest.param(tile, True, id=f"grouped {tile.tokens}") for tile in table("cuda_grouped_fp4_gemm")),
-    *(pytest.param(tile, False, id=f"plain {tile.tokens}") for tile in table("cuda_fp4_gemm")),
+    *(pytest.param(tile, True, id=f"grouped {name(tile)}") for tile in table("cuda_grouped_fp4_gemm")),
+    *(pytest.param(tile, False, id=f"plain {name(tile)}") for tile in table("cuda_fp4_gemm")),
     pytest.param(Tile(16, resident=3, split=4), False, id="plain 16, split"),
     pytest.param(Tile(128, split=2), False, id="plain 128, split"),
 ]

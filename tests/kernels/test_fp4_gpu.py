@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -147,3 +148,42 @@ def test_the_gluon_kernel_takes_each_block_to_its_expert(bm: int) -> None:
     tile = {"BM": bm, "STAGES": 4, "GROUP": 2, "SPLIT": 1, "RESIDENT": 1}
     fp4_persistent.launch(x, w, index, bm, out, tile)
     assert_blocks_match(out, x, w, index, bm)
+
+
+def prepared_alike(count: int, fmt: Nvfp4 | Mxfp4) -> list[Fp4Weights]:
+    """(2048, 2048) weights of as many layers."""
+    prepared = [prepare_fp4_weights([quantize(gaussian(2048, 2048), fmt)]) for _ in range(count)]
+    return [w for w in prepared if isinstance(w, Fp4Weights)]
+
+
+def chain(x: Tensor, layers: list[Fp4Weights], between: Callable[[], object] = lambda: None) -> Tensor:
+    for w in layers:
+        x = fp4_gemm(x, w)
+        between()
+    return x
+
+
+@FORMATS
+@pytest.mark.parametrize("rows", [1, 16, 64, 128, 600])
+def test_a_product_that_starts_early_reads_what_the_one_before_it_wrote(
+    fmt: Nvfp4 | Mxfp4, rows: int
+) -> None:
+    layers = prepared_alike(8, fmt)
+    for _ in range(50):
+        x = gaussian(rows, 2048)
+        want = chain(x, layers, torch.cuda.synchronize)
+        assert torch.equal(chain(x, layers), want)
+
+
+def test_products_that_start_early_are_captured_as_they_are() -> None:
+    layers = prepared_alike(8, NVFP4)
+    x = gaussian(16, 2048)
+    chain(x, layers)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain(x, layers)
+    for _ in range(50):
+        x.copy_(gaussian(16, 2048))
+        poison(out)
+        graph.replay()
+        assert torch.equal(out, chain(x, layers, torch.cuda.synchronize))

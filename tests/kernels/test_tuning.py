@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from broadbeam_kernels import tuning
+from broadbeam_kernels.bench import tune
 
 TABLES = sorted(path.stem for path in tuning.TUNED.glob("*.json"))
 EVERYTHING = {
@@ -76,6 +77,7 @@ def test_a_table_names_operations_and_parameters_that_exist(name: str) -> None:
     assert table.pop("like", "default") in TABLES
     assert set(table) <= set(default)
     for operation, rules in table.items():
-        known = {key for rule in default[operation] for key in rule}
+        launches = (*default[operation], *tune.CANDIDATES.get(operation, ()))
+        known = {key for launch in launches for key in launch}
         assert all(set(rule) - {"when"} <= known for rule in rules), operation
         assert all(set(rule.get("when", {})) <= set(EVERYTHING) for rule in rules), operation

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -33,7 +33,7 @@ from ..rope_quantize import LatentCache, Rotary, rope_quantize
 from ..silu_mul_quant import silu_mul_quant, silu_mul_quant_masked
 from ..testing import gaussian, nbytes
 from . import peers
-from .case import Case, in_turn, ready
+from .case import Call, Case, in_a_row, ready
 
 ROWS, HIDDEN = 8192, 7168
 E4M3 = torch.float8_e4m3fn
@@ -56,45 +56,66 @@ def _eager(x: torch.Tensor, fmt: Format) -> Quantized:
             return oracle.quantize_fp8_block(x, fmt)
 
 
+def _quantizing(shape: str, fmt: Format, fixed: Callable[[torch.Tensor], Quantized] | None) -> Iterator[Case]:
+    """Quantise, then dequantise; `fixed` quantises with a global scale that is given."""
+    x = gaussian(ROWS, HIDDEN)
+    call = fixed or partial(quantize, fmt=fmt)
+    coded = call(x)
+    moved = nbytes(x) + coded.nbytes
+
+    def quantizing() -> Call:
+        return partial(call, gaussian(ROWS, HIDDEN))
+
+    def dequantizing() -> Call:
+        return partial(dequantize, call(gaussian(ROWS, HIDDEN)))
+
+    eager = {"torch": ready(partial(_eager, x, fmt))}
+    yield Case("quantize", shape, partial(call, x), moved, peers=eager)
+    yield in_a_row("quantize", shape, quantizing, moved)
+    yield Case("dequantize", shape, partial(dequantize, coded), moved)
+    yield in_a_row("dequantize", shape, dequantizing, moved)
+
+
+def _computing(fmt: Format) -> Call:
+    return partial(quantize, gaussian(ROWS, HIDDEN), fmt)
+
+
 def quantizers() -> Iterator[Case]:
     """Quantise and dequantise every format at 8192 x 7168."""
-    x, shape = gaussian(ROWS, HIDDEN), f"{ROWS}x{HIDDEN}"
+    size = f"{ROWS}x{HIDDEN}"
     g = torch.tensor([3.0], device="cuda")
     for name, nv in (("nvfp4 linear", NVFP4), ("nvfp4 swizzled", NVFP4_SWIZZLED)):
-        coded = quantize_nvfp4(x, nv, g)
-        moved = nbytes(x) + coded.nbytes
-        eager = {"torch": ready(partial(oracle.quantize_nvfp4, x, nv, g))}
-        yield Case("quantize", f"{name} {shape}", partial(quantize_nvfp4, x, nv, g), moved, peers=eager)
-        yield Case("dequantize", f"{name} {shape}", partial(dequantize, coded), moved)
+        yield from _quantizing(f"{name} {size}", nv, partial(quantize_nvfp4, fmt=nv, global_scale=g))
     # A computed global scale needs the tensor's maximum first: one more reading of it.
     for name, nv in (("nvfp4 linear", NVFP4), ("nvfp4 swizzled", NVFP4_SWIZZLED)):
+        x, shape = gaussian(ROWS, HIDDEN), f"{name}, computed global {size}"
         moved = 2 * nbytes(x) + quantize(x, nv).nbytes
-        yield Case("quantize", f"{name}, computed global {shape}", partial(quantize, x, nv), moved)
+        yield Case("quantize", shape, partial(quantize, x, nv), moved)
+        yield in_a_row("quantize", shape, partial(_computing, nv), moved)
     for name, fmt in FORMATS.items():
-        packed = quantize(x, fmt)
-        moved = nbytes(x) + packed.nbytes
-        eager = {"torch": ready(partial(_eager, x, fmt))}
-        yield Case("quantize", f"{name} {shape}", partial(quantize, x, fmt), moved, peers=eager)
-        yield Case("dequantize", f"{name} {shape}", partial(dequantize, packed), moved)
+        yield from _quantizing(f"{name} {size}", fmt, None)
 
 
 def silu() -> Iterator[Case]:
     """SiLU-mul-quant, flat and masked."""
-    y = gaussian(ROWS, 2 * HIDDEN)
+    y, shape = gaussian(ROWS, 2 * HIDDEN), f"flat {ROWS}x{HIDDEN}"
     moved = nbytes(y) + ROWS * HIDDEN * 33 // 32
     eager = {"torch": ready(partial(silu_oracle.silu_mul_quant, y, FP8_BLOCK128))}
-    yield Case("silu_mul_quant", f"flat {ROWS}x{HIDDEN}", partial(silu_mul_quant, y), moved, peers=eager)
+    yield Case("silu_mul_quant", shape, partial(silu_mul_quant, y), moved, peers=eager)
+    yield in_a_row(
+        "silu_mul_quant", shape, lambda: partial(silu_mul_quant, gaussian(ROWS, 2 * HIDDEN)), moved
+    )
     slots, hidden = 1024, 2048
-    masked = gaussian(32, slots, 2 * hidden)
+
+    def masked(count: torch.Tensor) -> Call:
+        return partial(silu_mul_quant_masked, gaussian(32, slots, 2 * hidden), count)
+
     for used in (slots, 256):
         count = torch.full((32,), used, dtype=torch.int32, device="cuda")
         moved = 32 * used * (4 * hidden + hidden * 33 // 32)
-        name = f"masked 32x{slots}x{hidden}, {used} used"
-        yield Case("silu_mul_quant", name, partial(silu_mul_quant_masked, masked, count), moved)
-    # The cache is full of the flush's own lines, and writing them back is a quarter of so short a call. Calls
-    # in a row, whose inputs no cache holds together, write back one another's lines.
-    calls = [partial(silu_mul_quant_masked, gaussian(32, slots, 2 * hidden), count) for _ in range(4)] * 2
-    yield Case("silu_mul_quant", f"{name}, 8 calls in a row", partial(in_turn, calls), 8 * moved)
+        shape = f"masked 32x{slots}x{hidden}, {used} used"
+        yield Case("silu_mul_quant", shape, masked(count), moved)
+        yield in_a_row("silu_mul_quant", shape, partial(masked, count), moved)
 
 
 def concat() -> Iterator[Case]:
@@ -160,6 +181,10 @@ def norms() -> Iterator[Case]:
         )
 
 
+def _padding(fmt: Fp8Block | Mxfp4) -> Call:
+    return partial(pad_quant, gaussian(16384, 2880), 3072, fmt)
+
+
 def layouts() -> Iterator[Case]:
     """Pad + quant and finalize + slice at gpt-oss's 2880 of 3072."""
     x = gaussian(16384, 2880)
@@ -168,13 +193,10 @@ def layouts() -> Iterator[Case]:
         (MXFP4, "mxfp4", 17 / 32),
     )
     for fmt, name, size in padded:
-        yield Case(
-            "pad_quant",
-            f"{name} 16384x2880 to 3072",
-            partial(pad_quant, x, 3072, fmt),
-            nbytes(x) + int(16384 * 3072 * size),
-            peers={"torch": ready(partial(layout.pad_quant, x, 3072, fmt))},
-        )
+        shape, moved = f"{name} 16384x2880 to 3072", nbytes(x) + int(16384 * 3072 * size)
+        eager = {"torch": ready(partial(layout.pad_quant, x, 3072, fmt))}
+        yield Case("pad_quant", shape, partial(pad_quant, x, 3072, fmt), moved, peers=eager)
+        yield in_a_row("pad_quant", shape, partial(_padding, fmt), moved)
     y = gaussian(ROWS * 8, 3072)
     rows = torch.randperm(ROWS * 8, device="cuda").int().view(ROWS, 8)
     weights = torch.rand(ROWS, 8, device="cuda")

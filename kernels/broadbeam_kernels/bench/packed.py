@@ -15,7 +15,7 @@ from ..grouped_gemm import grouped_gemm
 from ..packed_weights import PackedWeights
 from ..paths import matrix_path
 from ..testing import nbytes
-from .case import Case, in_turn, ready
+from .case import Call, Case, in_a_row, in_turn, ready
 from .matrix import codes, row_scales
 
 OUTPUT = (7168, 16384)
@@ -105,7 +105,8 @@ def _groups(experts: int, each: int, block: int) -> Tensor:
     return torch.arange(experts, device="cuda", dtype=torch.int32).repeat_interleave(each // block)
 
 
-def _grouped(experts: int, n: int, k: int, each: int, block: int, name: str) -> Case:
+def _grouped(experts: int, n: int, k: int, each: int, block: int, name: str) -> Iterator[Case]:
+    """At decode sizes also in a row: layer after layer, each with weights of its own."""
     fmt = FORMATS[name]
     weights, x = fp4_weights(experts, n, k, fmt), activations(experts * each, k)
     groups = _groups(experts, each, block)
@@ -113,15 +114,16 @@ def _grouped(experts: int, n: int, k: int, each: int, block: int, name: str) -> 
     if block >= 128:
         dense = torch.randn(experts, n, k, device="cuda", dtype=torch.bfloat16)
         peers["our bf16"] = ready(partial(grouped_gemm, x, dense, groups))
-    return Case(
-        "grouped_fp4_gemm",
-        f"{name} {experts}x{each}, {n}x{k}",
-        partial(grouped_fp4_gemm, x, weights, groups),
-        weights.nbytes + nbytes(x) + 2 * experts * each * n,
-        2 * experts * each * n * k,
-        "bf16",
-        peers=peers,
-    )
+    shape = f"{name} {experts}x{each}, {n}x{k}"
+    moved, flops = weights.nbytes + nbytes(x) + 2 * experts * each * n, 2 * experts * each * n * k
+    call = partial(grouped_fp4_gemm, x, weights, groups)
+    yield Case("grouped_fp4_gemm", shape, call, moved, flops, "bf16", peers=peers)
+    if each <= 64:
+
+        def layer() -> Call:
+            return partial(grouped_fp4_gemm, x, fp4_weights(experts, n, k, fmt), groups)
+
+        yield in_a_row("grouped_fp4_gemm", shape, layer, moved, flops, "bf16", sets=2)
 
 
 def grouped() -> Iterator[Case]:
@@ -129,7 +131,7 @@ def grouped() -> Iterator[Case]:
     for shape in EXPERTS:
         for name in FORMATS:
             for each, block in ((16, 16), (64, 64), (256, 128), (1024, 128)):
-                yield _grouped(*shape, each, block, name)
+                yield from _grouped(*shape, each, block, name)
             experts, n, k = shape
             weights = fp4_weights(*shape, FORMATS[name])
             for each, block in ((16, 16), (256, 128)):

@@ -170,10 +170,11 @@ def draw(path: Path, rows: Sequence[Row]) -> bool:
         return False
     if not devices:
         return False
+    bars = max(sum(not row["flops"] for row in rows if row["device"] == device) for device in devices)
     figure, panels = pyplot.subplots(
         len(devices),
         2,
-        figsize=(13, 5.5 * len(devices)),
+        figsize=(13, max(5.5, 0.15 * bars) * len(devices)),
         gridspec_kw={"width_ratios": [3, 2]},
         layout="constrained",
         squeeze=False,

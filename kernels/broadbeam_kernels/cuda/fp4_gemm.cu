@@ -12,6 +12,7 @@
 //   STAGES      slots of the ring
 //   SPLIT       blocks of a cluster that share one tile, each with its part of k (then one tile a cluster)
 //   RESIDENT    blocks on one multiprocessor
+//   EARLY       stages of weights to fetch while the kernel ahead still runs; 0: none
 //   NVFP4       1: e5m3 scales for 16 columns, 0: E8M0 for 32
 //   GROUPED     1: an expert for each block of rows
 
@@ -99,28 +100,51 @@ struct Feeder {
   Steps steps;
   const TensorMap* x_map;
   Ring ring;
+  bool waited = GROUPED || !EARLY;
+
+  template <int N>
+  __device__ __forceinline__ void weights(Tile<N> t, int k, u32 slot) {
+    u32 full = s.full + slot * 8;
+    expect(full, HALVES * N * 128 + CODE_STAGE + SCALE_STAGE);
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) {
+      // Past the last packed tile of an odd number: any data, the rows it makes are not written.
+      long long tile = (long long)t.expert * p.packed + min(t.n * TILES + i, p.packed - 1);
+      long long half = tile * p.steps * 2 + (long long)k * HALVES;
+      u32 to = slot * TILES + i;
+      constexpr int codes = HALVES * CODE_BYTES, scales = HALVES * SCALE_BYTES;
+      fetch_run<ONCE>(s.codes + to * codes, p.codes + half * CODE_BYTES, codes, full);
+      fetch_run<ONCE>(s.scales + to * scales, p.scales + half * SCALE_BYTES, scales, full);
+    }
+  }
+
+  template <int N>
+  __device__ __forceinline__ void activations(Tile<N> t, int k, u32 slot) {
+#pragma unroll
+    for (int h = 0; h < HALVES; ++h)
+#pragma unroll
+      for (int i = 0; i < N; i += BOX)
+        fetch_box(s.x + slot * X_STAGE + h * X_BYTES + i * 128, x_map, (k * HALVES + h) * 64, t.row + i,
+                  s.full + slot * 8);
+  }
 
   template <int N>
   __device__ __forceinline__ void operator()(Tile<N> t) {
+    int ahead = steps.first;
+    if (!waited) {
+      // Nobody writes weights meanwhile: some come while the kernel ahead, which makes x, still runs.
+      ahead = min(steps.last, steps.first + min(EARLY, STAGES));
+      for (int k = steps.first; k < ahead; ++k) weights(t, k, k - steps.first);
+      wait_for_predecessor();
+      let_successor_start();
+      waited = true;
+    }
     for (int k = steps.first; k < steps.last; ++k, ring.next(STAGES)) {
-      u32 full = s.full + ring.slot * 8;
-      wait(s.empty + ring.slot * 8, ring.phase ^ 1);
-      expect(full, HALVES * N * 128 + CODE_STAGE + SCALE_STAGE);
-#pragma unroll
-      for (int i = 0; i < TILES; ++i) {
-        // Past the last packed tile of an odd number: any data, the rows it makes are not written.
-        long long tile = (long long)t.expert * p.packed + min(t.n * TILES + i, p.packed - 1);
-        long long half = tile * p.steps * 2 + (long long)k * HALVES;
-        u32 to = ring.slot * TILES + i;
-        constexpr int codes = HALVES * CODE_BYTES, scales = HALVES * SCALE_BYTES;
-        fetch_run<ONCE>(s.codes + to * codes, p.codes + half * CODE_BYTES, codes, full);
-        fetch_run<ONCE>(s.scales + to * scales, p.scales + half * SCALE_BYTES, scales, full);
+      if (k >= ahead) {
+        wait(s.empty + ring.slot * 8, ring.phase ^ 1);
+        weights(t, k, ring.slot);
       }
-#pragma unroll
-      for (int h = 0; h < HALVES; ++h)
-#pragma unroll
-        for (int i = 0; i < N; i += BOX)
-          fetch_box(s.x + ring.slot * X_STAGE + h * X_BYTES + i * 128, x_map, (k * HALVES + h) * 64, t.row + i, full);
+      activations(t, k, ring.slot);
     }
   }
 };
@@ -380,6 +404,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) __cluster_dims__
   int stages = p.steps * 2 / HALVES;
   Steps steps{(int)part * stages / SPLIT, (int)(part + 1) * stages / SPLIT};
   bool feeding = threadIdx.x >= CONSUMERS;
+  if constexpr (GROUPED || !EARLY) {  // which expert a block has, the kernel ahead may still be writing
+    wait_for_predecessor();
+    let_successor_start();
+  }
   if constexpr (SPLIT > 1) cluster_arrive();
   if (feeding) {
     asm volatile("bar.arrive 0, %0;" ::"n"(THREADS) : "memory");  // who made the barriers may begin

@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 
 SHARED_BYTES = 227 << 10  # what the blocks of one multiprocessor share on sm_90, 1 KiB more for each of them
 MOST_STAGES = 12
+LEAST_STAGES = (
+    2  # a stage is given back while the next one is multiplied: one alone would be waited for forever
+)
 MOST_SPLIT = 8  # blocks of a cluster on any device
 
 
@@ -34,6 +37,7 @@ class Tile:
     resident: int = 1
     group: int = 1
     stages: int = MOST_STAGES
+    early: int = 0  # stages of weights that are fetched before what the kernel ahead writes may be read
 
     @property
     def threads(self) -> int:
@@ -121,18 +125,26 @@ def source(tile: Tile, nvfp4: bool, grouped: bool) -> tuple[str, dict[str, str],
         "STAGES": tile.ring(nvfp4),
         "SPLIT": tile.split,
         "RESIDENT": tile.resident,
+        "EARLY": tile.early,
         "NVFP4": int(nvfp4),
         "GROUPED": int(grouped),
     }
     return here.with_suffix(".cu").read_text(), headers, defines
 
 
+def build(tile: Tile, nvfp4: bool, grouped: bool, device: int) -> bytes:
+    """Machine code of the kernel for these choices; RuntimeError with what the compiler said."""
+    if tile.ring(nvfp4) < LEAST_STAGES:
+        raise RuntimeError(f"{tile} leaves room for {tile.ring(nvfp4)} stages, expected {LEAST_STAGES}")
+    text, headers, defines = source(tile, nvfp4, grouped)
+    return cubin(text, headers, defines, native(device))
+
+
 @cache
 def function(tile: Tile, nvfp4: bool, grouped: bool, device: int) -> Function | None:
     """The kernel for these choices, loaded on `device`; None, said once, where it cannot be had."""
-    text, headers, defines = source(tile, nvfp4, grouped)
     try:
-        code = cubin(text, headers, defines, native(device))
+        code = build(tile, nvfp4, grouped, device)
         return Function(code, "fp4_gemm", device, tile.shared_bytes(nvfp4))
     except RuntimeError as error:  # the compiler's or the driver's refusal, or a library that is not there
         log.warning("no CUDA C++ kernel for %s, Triton's stands in: %s", tile, error)
@@ -180,7 +192,6 @@ def launch(x: Tensor, w: Fp4Weights, experts: Tensor | None, block: int, out: Te
     clusters = tiles_m * tiles_n
     if tile.split == 1:
         clusters = min(clusters, multiprocessors(x.device.index) * tile.resident)
-    kernel.launch(
-        clusters * tile.split, tile.threads, (*(int(m.getPtr()) for m in maps), ctypes.addressof(problem))
-    )
+    arguments = (*(int(m.getPtr()) for m in maps), ctypes.addressof(problem))
+    kernel.launch(clusters * tile.split, tile.threads, arguments, early=experts is None or tile.early > 0)
     return True

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..tuning import multiprocessors
+from ..tuning import config, multiprocessors
 from .nvrtc import Function, cubin, native
 from .tensor_map import tensor_map
 from .tiles import Tile, dense_tile, grouped_tile
@@ -91,7 +91,8 @@ def function(tile: Tile, grouping: Grouping, packed: bool, out_half: bool, devic
 def _tile(rows: int, experts: int, n: int, steps: int, grouping: Grouping, device: int) -> Tile:
     available = multiprocessors(device)
     if grouping == "dense":
-        return dense_tile(rows, n, steps, available)
+        alone = config("cuda_fp8_gemm", torch.device("cuda", device))["alone"]
+        return dense_tile(rows, n, steps, available, alone)
     return grouped_tile(rows, experts, n, steps, available)
 
 

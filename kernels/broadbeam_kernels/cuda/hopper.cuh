@@ -58,6 +58,13 @@ __device__ __forceinline__ void send(u32 to, u32 barrier, const float* x) {
       : "memory");
 }
 
+// Launched early: the kernel ahead has ended, and what it wrote is there. Nothing to wait for otherwise.
+__device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// The kernel behind may be launched, once every block says so. Only after the wait: it may read what was written
+// two kernels ahead of it.
+__device__ __forceinline__ void let_successor_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
 // A box of a matrix at column x, row y.
 __device__ __forceinline__ void fetch_box(u32 to, const TensorMap* map, int x, int y, u32 barrier) {
   asm volatile(

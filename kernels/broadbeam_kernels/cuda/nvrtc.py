@@ -104,33 +104,42 @@ class Function:
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
         dimensions = attribute.value.clusterDim
         dimensions.x, dimensions.y, dimensions.z = size, 1, 1
-        config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = size, 1, 1
-        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-        config.sharedMemBytes = self._shared_bytes
-        config.attrs = [attribute]
-        config.numAttrs = 1
+        config = self._config(size, threads, attribute)
         return int(checked(driver.cuOccupancyMaxActiveClusters(self._function, config)))
 
-    def launch(self, blocks: int, threads: int, arguments: tuple[int, ...]) -> None:
-        """Queue on torch's current stream; `arguments` are the addresses of the parameters' values."""
+    def _config(self, blocks: int, threads: int, *attributes: driver.CUlaunchAttribute) -> Any:
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = self._shared_bytes
+        config.attrs = list(attributes)
+        config.numAttrs = len(attributes)
+        return config
+
+    @cache  # noqa: B019 (8 us a launch, which would be the host's at every token)
+    def _early(self, blocks: int, threads: int, stream: int) -> Any:
+        """How to launch on `stream` while what lies ahead there still runs."""
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config = self._config(blocks, threads, attribute)
+        config.hStream = stream
+        return config
+
+    def launch(self, blocks: int, threads: int, arguments: tuple[int, ...], early: bool = False) -> None:
+        """Queue on torch's current stream; `arguments` are the addresses of the parameters' values.
+
+        `early`: blocks start while the kernel ahead ends, and wait for it themselves.
+        """
         stream = torch.cuda.current_stream(self._device).cuda_stream
         pointers = (ctypes.c_void_p * len(arguments))(*arguments)
-        checked(
-            driver.cuLaunchKernel(
-                self._function,
-                blocks,
-                1,
-                1,
-                threads,
-                1,
-                1,
-                self._shared_bytes,
-                stream,
-                ctypes.addressof(pointers),
-                0,
-            )
-        )
+        at = ctypes.addressof(pointers)
+        if early:
+            config = self._early(blocks, threads, stream)
+            checked(driver.cuLaunchKernelEx(config, self._function, at, 0))
+            return
+        shape = (blocks, 1, 1, threads, 1, 1)
+        checked(driver.cuLaunchKernel(self._function, *shape, self._shared_bytes, stream, at, 0))
 
 
 def native(device: int) -> str:

@@ -3,7 +3,8 @@
 The costs are cycles measured on an H100 under load. Tiles up to 128 columns keep two products in flight (600
 cycles for the 512 that the tensor cores need), wider ones one (885 for 768 at 192). Two tiles that share A or
 B fetch a quarter to a third less from L2 but wait for each other, which pays only for sums of a middling
-length in many waves.
+length in many waves: what such a step costs more where nothing is shared is the device's (`alone`; an H200's
+faster memory makes it nothing).
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ COLUMN_CYCLES = 5.5  # a column, of writing a tile and beginning the next
 
 LONG, VERY_LONG = 32, 100  # steps
 MANY_WAVES = 6
-ALONE = 1.05  # a step of a long sum in many waves that shares nothing
 LEAN = 0.97  # the same with a wide tile, which fetches less for each product
 TOGETHER = 1.04  # a step of two blocks that wait for each other
 WIDE = 1.06  # a step of a very long sum with one product in flight
@@ -128,19 +128,21 @@ def _few_rows(rows: int) -> list[Tile]:
     ]
 
 
-def _fetching(tile: Tile, steps: int, waves: int) -> float:
+def _fetching(tile: Tile, steps: int, waves: int, alone: float) -> float:
     """What fetching adds to a step, as a factor."""
     if steps >= VERY_LONG:
         return (TOGETHER if tile.shared else 1.0) * (WIDE if tile.n > 128 else 1.0)
     if steps >= LONG and waves > MANY_WAVES:
-        return (1.0 if tile.shared else ALONE) * (LEAN if tile.n > 128 else 1.0)
+        return (1.0 if tile.shared else alone) * (LEAN if tile.n > 128 else 1.0)
     return TOGETHER if tile.shared else 1.0
 
 
-def _many_rows_cycles(tile: Tile, rows: int, n: int, steps: int, multiprocessors: int) -> float:
+def _many_rows_cycles(tile: Tile, rows: int, n: int, steps: int, multiprocessors: int, alone: float) -> float:
     high, wide = tile.clusters(rows, n)
     waves = -(-high * wide // (multiprocessors // tile.cluster))
-    return waves * (steps * STEP_CYCLES[tile.n] * _fetching(tile, steps, waves) + COLUMN_CYCLES * tile.n)
+    return waves * (
+        steps * STEP_CYCLES[tile.n] * _fetching(tile, steps, waves, alone) + COLUMN_CYCLES * tile.n
+    )
 
 
 def _few_rows_cycles(tile: Tile, rows: int, n: int, steps: int, multiprocessors: int) -> float:
@@ -153,14 +155,14 @@ def _few_rows_cycles(tile: Tile, rows: int, n: int, steps: int, multiprocessors:
 
 
 @cache
-def dense_tile(rows: int, n: int, steps: int, multiprocessors: int) -> Tile:
+def dense_tile(rows: int, n: int, steps: int, multiprocessors: int, alone: float) -> Tile:
     """The tile of a product (rows, 128 * steps) @ (n, 128 * steps).T."""
     if rows <= 128:
         few = [tile for tile in _few_rows(rows) if tile.split <= steps]
         return min(few, key=lambda tile: _few_rows_cycles(tile, rows, n, steps, multiprocessors))
     return min(
         [*_alone(steps), *_together(steps)],
-        key=lambda tile: _many_rows_cycles(tile, rows, n, steps, multiprocessors),
+        key=lambda tile: _many_rows_cycles(tile, rows, n, steps, multiprocessors, alone),
     )
 
 
