@@ -1,6 +1,6 @@
 """One rank of a group as a process: commands come as JSON lines on stdin, answers go to stdout.
 
-{"start": {"model": DIR, "port": N, "scheduling": {…}}}   -> {"ready": true}
+{"start": {"model": DIR, "port": N, "scheduling": {…}, "device": "cpu" or "cuda"}}   -> {"ready": true}
 {"run": {"id": [prompt, count], …}}                       -> {"id": [token, …], …}
 {"cpu": SECONDS}   -> {"cpu": CPU seconds spent while nothing was asked for that long, "dummy_steps": N}
 {"stop": true}     -> {"stopped": true}
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec.structs import replace
 from tests.runtime.engine.conftest import Served, config, greedy
 
 from broadbeam_runtime.core import RankIdentity
@@ -60,14 +61,10 @@ def _engine(start: dict[str, Any], identity: RankIdentity) -> TorchEngine:
     directory = Path(start["model"])
     made = config(directory, start.get("scheduling"), memory_bytes=32 << 20)
     parallel = {"data": identity.world, "ranks_per_node": identity.world, "coordinator_port": start["port"]}
-    made = type(made)(
-        **{name: getattr(made, name) for name in made.__struct_fields__} | _changes(made, parallel)
+    made = replace(
+        made, parallel=type(made.parallel)(**parallel), threads=1, device=start.get("device", "cpu")
     )
     return TorchEngine(made, rank=identity, model_dir=directory)
-
-
-def _changes(made: Any, parallel: dict[str, Any]) -> dict[str, Any]:
-    return {"parallel": type(made.parallel)(**parallel), "threads": 1}
 
 
 if __name__ == "__main__":
