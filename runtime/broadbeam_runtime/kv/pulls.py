@@ -58,6 +58,11 @@ class Pull:
     renewed_s: float | None = None  # when the heartbeat was sent that last renewed its lease
     lost: str | None = None  # why what arrives is worth nothing
 
+    @property
+    def under_way(self) -> bool:
+        """Whether bytes still have to come."""
+        return self.read is not None and not self.arrived
+
 
 @dataclass(slots=True)
 class Peer:
@@ -71,6 +76,7 @@ class Peer:
     pulls: dict[str, Pull] = field(default_factory=dict)
     heartbeat_s: float = 0.0  # when the last one was sent
     heard_s: float = 0.0
+    moved_s: float = 0.0  # when a read last ended, or began where none was under way
     number: int = 0
     sent: dict[int, tuple[float, tuple[str, ...]]] = field(default_factory=dict)  # heartbeats without answer
 

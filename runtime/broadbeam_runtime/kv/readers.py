@@ -30,6 +30,10 @@ from broadbeam_runtime.kv.transport import TransferError, Transport
 
 HEARTBEAT_S = 5.0  # while requests wait; at most a quarter of the lease
 BUSY_HEARTBEAT_S = 1.0  # while blocks are read, to notice a lost peer
+STALL_S = (
+    30.0  # reads none of which ends for so long, beside the time that their bytes may take, are given up
+)
+SLOWEST_BYTES_S = 100e6  # a tenth of what TCP moves on one core
 
 
 class Readers:
@@ -58,8 +62,7 @@ class Readers:
     @property
     def reading(self) -> bool:
         """Whether bytes are under way; one that has them all may still wait for its heartbeat's answer."""
-        pulls = (pull for peer in self._peers.values() for pull in peer.pulls.values())
-        return any(pull.read is not None and not pull.arrived for pull in pulls)
+        return any(pull.under_way for peer in self._peers.values() for pull in peer.pulls.values())
 
     def sockets(self) -> list[zmq.Socket[bytes]]:
         return [peer.caller.socket for peer in self._peers.values()]
@@ -139,6 +142,10 @@ class Readers:
             return
         for pull in list(peer.pulls.values()):
             self._watch(peer, pull, now)
+        under_way = sum(self._size(pull) for pull in peer.pulls.values() if pull.under_way)
+        if under_way and (still_s := now - peer.moved_s) > STALL_S + under_way / SLOWEST_BYTES_S:
+            self._drop(peer, f"no block came from the prefill rank at {peer.at} for {still_s:.0f} s")
+            return
         self._beat(peer, now)
 
     def _welcomed(self, peer: Peer, welcome: Welcome, now: float) -> None:
@@ -168,6 +175,8 @@ class Readers:
             self._end(peer, pull, f"a remote block is outside 0..{blocks - 1}")
             return
         self._beat(peer, now, force=True)
+        if not any(other.under_way for other in peer.pulls.values()):
+            peer.moved_s = now
         try:
             pull.read = self._transport.begin(peer.handle, target.ticket, target.remote_blocks, pull.local)
         except TransferError as error:
@@ -193,6 +202,8 @@ class Readers:
                 self._end(peer, pull, pull.lost or str(error))
                 return
             pull.bytes_read_s = time.monotonic()
+            if pull.arrived:
+                peer.moved_s = now
         if pull.arrived and pull.lost:
             self._end(peer, pull, pull.lost)
             return
@@ -205,9 +216,10 @@ class Readers:
         if not self._transport.notifies:
             peer.caller.send(Done(pull.target.ticket))
         del peer.pulls[pull.request_id]
-        assert pull.local is not None
-        size = len(pull.local) * self._layout.block_bytes
-        self._pulled.append(PullResult(pull.request_id, size, pull.bytes_read_s - pull.started_s))
+        self._pulled.append(PullResult(pull.request_id, self._size(pull), pull.bytes_read_s - pull.started_s))
+
+    def _size(self, pull: Pull) -> int:
+        return len(pull.local or ()) * self._layout.block_bytes
 
     def _beat(self, peer: Peer, now: float, force: bool = False) -> None:
         """Renew the leases of all that waits or is read here."""

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from broadbeam_runtime.kv import readers
 from broadbeam_runtime.kv.connector import PoolLayout, PullResult
 from broadbeam_runtime.kv.leases import Ticket
 from broadbeam_runtime.kv.pull import PullConnector
@@ -28,11 +29,11 @@ class StuckTransport(SimulatedTransport):
 
     def __init__(self) -> None:
         super().__init__("tcp", 1e9)
-        self.reads, self.quiet = 0, False
+        self.reads, self.quiet, self.ends = 0, False, False
 
     def begin(self, peer: None, ticket: Ticket, remote: Sequence[int], local: Sequence[int]) -> float:
         self.reads += 1
-        return float("inf")
+        return 0.0 if self.ends else float("inf")
 
     def abandon(self, read: float) -> bool:
         return self.quiet
@@ -76,6 +77,40 @@ def test_blocks_that_an_abandoned_read_still_writes_to_are_not_given_back(connec
     (result,) = until(decode.pulled)
     assert isinstance(result, PullResult)
     assert "went away" in (result.error or "")
+
+
+def test_reads_that_do_not_move_are_given_up_though_their_peer_answers(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "STALL_S", 0.3)
+    transport = StuckTransport()
+    transport.quiet = True
+    prefill, decode = connect(SimulatedTransport("tcp", 1e9)), connect(transport)
+    decode.pull("a", prefill.hold("a", [1, 2], 32), [3, 4])
+    (result,) = until(decode.pulled)
+    assert isinstance(result, PullResult)
+    assert (result.error or "").startswith("no block came from the prefill rank at 127.")
+    # The next request shakes hands anew: the peer itself answers.
+    decode.pull("b", prefill.hold("b", [1], 16), [3])
+    until(lambda: transport.reads == 2)
+
+
+def test_a_read_among_others_that_end_is_not_given_up(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "STALL_S", 2.0)
+    transport = StuckTransport()
+    transport.quiet = True
+    prefill, decode = connect(SimulatedTransport("tcp", 1e9)), connect(transport)
+    decode.pull("a", prefill.hold("a", [1, 2], 32), [3, 4])
+    until(lambda: transport.reads)
+    began = time.monotonic()
+    while time.monotonic() - began < 3:  # each of these ends at once, well within the limit
+        time.sleep(0.1)
+        transport.ends = True
+        decode.pull(f"{began}", prefill.hold(f"{began}", [3], 16), [5])
+        assert [result.error for result in until(decode.pulled)] == [None]
+        transport.ends = False
 
 
 def test_nothing_is_read_from_a_connection_that_was_closed() -> None:
