@@ -15,8 +15,10 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # an answer may hold what this terminal cannot show
-    from broadbeam_operator.commands import app
-
+    try:
+        from broadbeam_operator.commands import app
+    except ModuleNotFoundError as error:  # an image of one process holds that process's extra alone
+        sys.exit(f"broadbeam: {error.name} is not installed: pip install 'broadbeam[operator]'")
     try:
         app()
     except OSError as error:  # a file that cannot be read, an output that cannot be written

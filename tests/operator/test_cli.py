@@ -158,6 +158,13 @@ def test_a_closed_output_is_no_error(word):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_command_line_without_its_extra_says_which_to_install():
+    code = "import sys; sys.modules['typer'] = None; from broadbeam_operator.cli import main; main()"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    said = "broadbeam: typer is not installed: pip install 'broadbeam[operator]'\n"
+    assert (ended.returncode, ended.stderr) == (1, said)
+
+
 def test_a_user_without_a_home_is_told_to_name_a_cache(monkeypatch):
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")
