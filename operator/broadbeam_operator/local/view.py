@@ -102,7 +102,9 @@ class LiveView:
             (now.state or "Starting", _state_style(now)),
             f"  {self._clock}",
         )
-        return Group(head, table(now), Text(traffic(now.throughput, self._rate), style="dim"))
+        return Group(
+            head, table(now, self._live.console.width), Text(traffic(now.throughput, self._rate), style="dim")
+        )
 
 
 def tokens_per_s(before: Progress, now: Progress) -> float:
@@ -119,16 +121,24 @@ def traffic(found: Throughput, rate: float) -> str:
     )
 
 
-def table(now: Progress) -> Table:
+COLUMNS = ("POOL", "GROUP", "POD", "RANK", "ADDRESS", "PHASE", "RESTARTS")
+NARROW_COLUMNS = ("POD", "RANK", "PHASE", "RESTARTS")  # a pod's name holds its pool and group
+WIDE = 100  # characters; the seven columns take 90
+
+
+def table(now: Progress, width: int) -> Table:
+    """What every pod and rank does, in `width` characters."""
+    shown = COLUMNS if width >= WIDE else NARROW_COLUMNS
     grid = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("POOL", "GROUP", "POD", "RANK", "ADDRESS", "PHASE", "RESTARTS"):
+    for name in shown:
         grid.add_column(
             name, justify="right" if name in ("RANK", "RESTARTS") else "left", no_wrap=name != "PHASE"
         )
     for pod in now.pods:
         for rank in pod.ranks or (None,):
             first = rank is None or rank is pod.ranks[0]
-            grid.add_row(*_row(pod, rank, first))
+            row = dict(zip(COLUMNS, _row(pod, rank, first), strict=True))
+            grid.add_row(*(row[name] for name in shown))
     return grid
 
 

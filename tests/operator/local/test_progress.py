@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import shlex
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -101,9 +102,16 @@ def test_ranks_have_lines_of_their_own_until_their_pod_is_ready() -> None:
     assert "127.77.1.1" in text
 
 
-def render(now: Progress) -> str:
+def test_a_narrow_terminal_still_says_what_each_pod_is_doing() -> None:
+    pod = replace(pod_progress(engine_pod(RUNNING), None), name="laptop-decode-0-0", group="laptop-decode-0")
+    text = render(Progress(0.0, pods=(replace(pod, stage="downloading", done=0.49),)), width=50)
+    assert "downloading" in text
+    assert "49%" in text
+
+
+def render(now: Progress, width: int = 140) -> str:
     out = io.StringIO()
-    Console(file=out, width=140).print(table(now))
+    Console(file=out, width=width).print(table(now, width))
     return out.getvalue()
 
 
