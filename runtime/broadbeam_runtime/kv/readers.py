@@ -134,8 +134,8 @@ class Readers:
                     self._alive(peer, message)
             if self._peers.get(peer.key) is not peer:
                 return
-        if peer.caller.lost():
-            self._drop(peer, f"the prefill rank at {peer.at} went away")
+        if (fate := peer.caller.lost()) is not None:
+            self._drop(peer, f"the prefill rank at {peer.at} {fate}")
             return
         if (peer.pulls or peer.welcome is None) and (silent_s := peer.silence(now)) > self._peer_timeout_s:
             self._drop(peer, f"no answer from the prefill rank at {peer.at} for {silent_s:.0f} s")

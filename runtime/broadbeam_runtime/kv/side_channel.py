@@ -19,6 +19,7 @@ from broadbeam_runtime.kv.transport import NONSENSE
 
 VERSION = 1
 MAX_MESSAGE_BYTES = 16 * 2**20
+MOST_REFUSALS = 5  # in a row, a tenth of a second apart: the peer answered the gateway a moment ago
 
 
 class SideChannelError(RuntimeError):
@@ -133,7 +134,8 @@ class Listener:
 class Caller:
     """The decode side's socket to one prefill rank. Used by one thread.
 
-    `lost` turns true as soon as the kernel reports the connection closed, long before a heartbeat is missed.
+    `lost` says so as soon as the kernel reports the connection closed, or refused again and again: long before
+    an answer is missed.
     """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str, port: int) -> None:
@@ -141,7 +143,8 @@ class Caller:
         self.socket.linger = 0
         self.socket.maxmsgsize = MAX_MESSAGE_BYTES
         self.socket.ipv6 = ":" in host
-        self._monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._monitor = self.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED)
+        self._closed, self._refusals = False, 0
         try:
             self.socket.connect(endpoint(host, port))
         except zmq.ZMQError as error:
@@ -164,8 +167,15 @@ class Caller:
             except NONSENSE:
                 continue
 
-    def lost(self) -> bool:
-        return bool(self._monitor.poll(0))
+    def lost(self) -> str | None:
+        """What became of the peer, if it can no longer be expected to answer."""
+        while self._monitor.poll(0):
+            closed = zmq.utils.monitor.recv_monitor_message(self._monitor)["event"] == zmq.EVENT_DISCONNECTED
+            self._closed |= closed
+            self._refusals += not closed
+        if self._closed:
+            return "went away"
+        return "cannot be reached" if self._refusals >= MOST_REFUSALS else None
 
     def close(self) -> None:
         self.socket.disable_monitor()

@@ -79,6 +79,17 @@ def test_blocks_that_an_abandoned_read_still_writes_to_are_not_given_back(connec
     assert "went away" in (result.error or "")
 
 
+def test_a_peer_that_refuses_connections_is_not_waited_for(connect: Connect) -> None:
+    prefill, decode = connect(SimulatedTransport("tcp", 1e9)), connect(SimulatedTransport("tcp", 1e9))
+    held = prefill.hold("a", [1, 2], 32)
+    prefill.stop()
+    decode.pull("a", held, [3, 4])
+    (result,) = until(decode.pulled)
+    assert isinstance(result, PullResult)
+    # After the time limit it would say that there was no answer.
+    assert (result.error or "").endswith("cannot be reached")
+
+
 def test_reads_that_do_not_move_are_given_up_though_their_peer_answers(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:

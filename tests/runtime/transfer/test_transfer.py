@@ -268,14 +268,15 @@ def test_nonsense_at_its_ports_does_not_stop_a_rank(start: Start) -> None:
     assert decode("pulled", within_s=20)[0]["error"] is None
 
 
-def test_nobody_at_the_address_is_an_error_within_the_bound(start: Start) -> None:
-    decode = start()
-    params = {
-        "remote_engine_id": "gone",
-        "remote_host": next(_hosts),
-        "remote_port": 5600,
-        "remote_block_ids": [1],
-    }
-    decode("pull", id="x", params=params, blocks=[1])
-    (result,) = decode("pulled", within_s=30)
-    assert "no answer" in result["error"]
+@pytest.mark.parametrize(
+    ("listening", "said"), [(False, "cannot be reached"), (True, "no answer")], ids=["nobody", "silence"]
+)
+def test_nobody_who_answers_at_the_address_is_an_error_within_the_bound(
+    start: Start, listening: bool, said: str
+) -> None:
+    decode, host = start(), next(_hosts)
+    params = {"remote_engine_id": "gone", "remote_host": host, "remote_port": 5600, "remote_block_ids": [1]}
+    with socket.create_server((host, 5600 if listening else 0)):
+        decode("pull", id="x", params=params, blocks=[1])
+        (result,) = decode("pulled", within_s=30)
+    assert said in result["error"]
