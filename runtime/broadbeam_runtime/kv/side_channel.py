@@ -134,8 +134,8 @@ class Listener:
 class Caller:
     """The decode side's socket to one prefill rank. Used by one thread.
 
-    `lost` says so as soon as the kernel reports the connection closed, or refused again and again: long before
-    an answer is missed.
+    `lost` says so as soon as the kernel reports the connection closed, or refused again and again: long
+    before an answer is missed.
     """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], host: str, port: int) -> None:
