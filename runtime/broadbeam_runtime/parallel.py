@@ -199,10 +199,9 @@ class Lockstep:
             self._forget_old_bells()
         working, stops = self.group.count([has_work, stopping])
         self.finished = stops == self.group.world and not working
-        if working:
-            return True
-        self._fall_asleep()
-        return False
+        if not working and not self.finished:  # a thread that waits in the store would die with rank 0, aloud
+            self._fall_asleep()
+        return bool(working)
 
     def _fall_asleep(self) -> None:
         assert self.bell
