@@ -78,12 +78,8 @@ def spread(prompts: list[Tokens], world: int, count: int) -> list[dict[str, Any]
     ]
 
 
-@pytest.mark.parametrize("family", ["qwen3-moe", "deepseek-v3"])
-def test_experts_on_other_ranks_give_the_same_answers(
-    family: str, ranks: Ranks, make_model: Callable[..., Model]
-) -> None:
-    model, world = make_model(family), len(ranks.processes)
-    ranks.start(model, 29600 + len(family))
+def assert_answers_are_those_of(model: Model, ranks: Ranks) -> None:
+    world = len(ranks.processes)
     prompts = [prompt(length) for length in LENGTHS] + [prompt(length, seed=1) for length in IN_FLIGHT]
     answers = {
         name: tokens for rank in ranks.ask(spread(prompts, world, 12)) for name, tokens in rank.items()
@@ -93,6 +89,24 @@ def test_experts_on_other_ranks_give_the_same_answers(
     # Rank 0 alone is asked: the others join with passes of no tokens.
     lonely, *_ = ranks.ask([{"run": {"alone": (prompt(200), 12)}}, *[{"cpu": 0.01}] * (world - 1)])
     assert [lonely["alone"]] == model.expected([prompt(200)], [lonely["alone"]])
+
+
+def assert_a_lost_rank_ends_the_others(ranks: Ranks) -> None:
+    survivor, *_, victim = ranks.processes
+    victim.kill()
+    ranks.tell(survivor, {"run": {"a": (prompt(64), 12)}})
+    _, errors = survivor.communicate(timeout=60)
+    assert "rank 0 lost a rank of its group" in errors
+    assert survivor.returncode == 70
+
+
+@pytest.mark.parametrize("family", ["qwen3-moe", "deepseek-v3"])
+def test_experts_on_other_ranks_give_the_same_answers(
+    family: str, ranks: Ranks, make_model: Callable[..., Model]
+) -> None:
+    model, world = make_model(family), len(ranks.processes)
+    ranks.start(model, 29600 + len(family))
+    assert_answers_are_those_of(model, ranks)
     # The answer leaves rank 0 before its peers have accounted for the pass that made it, so the first window
     # may see the end of that pass; an idle group takes no further one.
     ranks.ask([{"cpu": 1.0}] * world)
@@ -105,9 +119,4 @@ def test_a_rank_that_dies_ends_the_others_with_a_message(
     ranks: Ranks, make_model: Callable[..., Model]
 ) -> None:
     ranks.start(make_model("qwen3-moe"), 29620)
-    survivor, *_, victim = ranks.processes
-    victim.kill()
-    ranks.tell(survivor, {"run": {"a": (prompt(64), 12)}})
-    _, errors = survivor.communicate(timeout=30)
-    assert "rank 0 lost a rank of its group" in errors
-    assert survivor.returncode == 70
+    assert_a_lost_rank_ends_the_others(ranks)
