@@ -50,9 +50,14 @@ class LineView:
     def __init__(self, console: Console, clock: Clock) -> None:
         self._console = console
         self._clock = clock
-        self._shown: dict[str, str] = {}
+        self._shown: dict[str, str] = {}  # who (a pod, or "POD rank N") -> what was said of it last
+        self._pods: set[str] = set()
 
     def show(self, now: Progress) -> None:
+        for name in sorted(self._pods.difference(pod.name for pod in now.pods)):
+            self.say(f"{name}: gone")
+            self._shown = {who: text for who, text in self._shown.items() if who.split(" ")[0] != name}
+        self._pods = {pod.name for pod in now.pods}
         for name, text in lines(now):
             if self._shown.get(name) != text:
                 self._shown[name] = text

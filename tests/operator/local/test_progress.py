@@ -124,6 +124,16 @@ def test_a_line_is_printed_only_when_it_changes() -> None:
     assert [line.partition("] ")[2] for line in out.getvalue().splitlines()] == ["p: starting", "p: ready"]
 
 
+def test_a_pod_that_went_away_has_a_last_line_and_one_that_comes_again_its_first() -> None:
+    out = io.StringIO()
+    view = LineView(Console(file=out, width=80), Clock())
+    there = Progress(0.0, pods=(pod_progress(engine_pod(RUNNING, ready=True), None),))
+    for now in (there, Progress(1.0), Progress(2.0), there):
+        view.show(now)
+    said = [line.partition("] ")[2] for line in out.getvalue().splitlines()]
+    assert said == ["p: ready", "p: gone", "p: ready"]
+
+
 def test_speed_is_what_was_generated_between_two_looks() -> None:
     def at(seconds: float, tokens: float) -> Progress:
         return Progress(seconds, throughput=Throughput(generated_tokens=tokens))
