@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -184,26 +185,35 @@ def _bench(arguments: argparse.Namespace) -> int:
     return FAILED if outcome.failures else DONE
 
 
+def _table(arguments: argparse.Namespace) -> Path:
+    """Where `tune` writes."""
+    return arguments.table or TUNED / f"{device_name(torch.cuda.current_device())}.json"
+
+
 def _tune(arguments: argparse.Namespace) -> int:
     refusal = _refusal(arguments)
+    if refusal is None and not os.access(_table(arguments).parent, os.W_OK):
+        refusal = f"{_table(arguments).parent} cannot be written: name a file with --table"
     if refusal is not None:
         print(refusal, file=sys.stderr)
         return REFUSED
     deadline = time.monotonic() + 60 * arguments.minutes
     device = torch.device("cuda", torch.cuda.current_device())
-    trials = tune.tune(
+    outcome = tune.tune(
         {name: GROUPS[name] for name in arguments.operations or GROUPS},
         Timer(arguments.budget_ms),
         lambda sentence: print(sentence, flush=True),
         out_of_time=lambda: time.monotonic() >= deadline,
     )
-    for trial in trials:
+    for trial in outcome.trials:
         launch, gain = trial.best()
         print(f"{trial.operation} {trial.rule.get('when', '')}: {gain:.3f}x with {launch}")
-    path = arguments.table or TUNED / f"{device_name(device.index)}.json"
-    tune.write(path, tune.table(trials, device))
+    path = _table(arguments)
+    tune.write(path, tune.table(outcome.trials, device))
     print(f"written to {path}")
-    return DONE
+    if not outcome.finished:
+        return UNFINISHED
+    return FAILED if outcome.failures else DONE
 
 
 def main(argv: list[str] | None = None) -> int:

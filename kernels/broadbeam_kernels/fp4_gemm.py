@@ -55,7 +55,7 @@ def _launch_cuda(
     if native is None:
         return False
     chosen = native.Tile(**tile)
-    if experts is None and "split" not in tile:
+    if experts is None:
         chosen = native.spread(chosen, x, w.shape[1])
     return bool(native.launch(x, w, experts, block, out, chosen))
 
@@ -94,7 +94,9 @@ def _activations(x: Tensor | Quantized, w: Weights) -> Tensor:
 def fp4_gemm(x: Tensor | Quantized, w: Weights) -> Tensor:
     """x (rows, k) bf16 or FP8 1x128 @ w (n, k).T, w prepared NVFP4 or MXFP4 of one expert -> (rows, n) bf16.
 
-    Weights enter exactly; sums in float32. n a multiple of 8. Semantics: W4A16 as Marlin has it.
+    Weights enter exactly; sums in float32. n a multiple of 8. Semantics: W4A16 as Marlin has it. On a Hopper
+    codes, scales and alpha of w may be read before the launch ahead of this one has ended: who writes them in
+    place waits for the GPU, or launches something of torch's, before the next product.
     """
     check(w.shape[0] == 1, f"w holds {w.shape[0]} experts, expected 1 (see grouped_fp4_gemm)")
     x = _activations(x, w)

@@ -103,12 +103,12 @@ def rules(operation: str, device: torch.device) -> list[Rule]:
 
 def config(operation: str, device: torch.device, **facts: int) -> Launch:
     """Launch parameters (block sizes, num_warps, num_stages) of `operation` on `device` for `facts`."""
-    tried, asked = _tried.get(), _asked.get()
+    tried, noted = _tried.get(), _asked.get()
     if tried is not None and tried[0] == operation:
         return tried[1]
     rule, launch = _choose(operation, _names(device), tuple(sorted(facts.items())))
-    if asked is not None:
-        asked.append((operation, rule))
+    if noted is not None:
+        noted.append((operation, rule))
     return launch
 
 

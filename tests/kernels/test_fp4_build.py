@@ -29,8 +29,8 @@ def table(operation: str) -> list[Tile]:
 
 
 def name(tile: Tile) -> str:
-    early = f", {tile.early} early" if tile.early else ""
-    return f"{tile.tokens}, {tile.resident} resident{early}"
+    ahead = f", {tile.ahead} ahead" if tile.ahead else ""
+    return f"{tile.tokens}, {tile.resident} resident{ahead}"
 
 
 TILES = [

@@ -10,10 +10,11 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from .case import Case, said
 from .report import geometric_mean
 
 WORTH = 1.015  # less is noise
+FINALISTS = 3
 
 log = logging.getLogger(__name__)
 
@@ -60,88 +62,127 @@ CANDIDATES: dict[str, list[Launch]] = {
         *_grid(BN=(256,), STAGES=(3,), GROUP=(1, 2, 4, 8)),
         *_grid(BN=(128,), STAGES=(5, 6), GROUP=(1, 2, 4, 8)),
     ],
-    "cuda_fp4_gemm": [
-        *_grid(warpgroups=(2, 4), halves=(2,), resident=(1, 2, 3), split=(2, 4, 6, 8), early=(0, 1, 2)),
-        *_grid(warpgroups=(2,), halves=(1,), resident=(1, 2, 3), split=(2, 4, 6, 8)),
-    ],
-    "cuda_grouped_fp4_gemm": _grid(warpgroups=(2, 4), halves=(1, 2), resident=(1, 2, 3), early=(0, 1)),
+    "cuda_fp4_gemm": _grid(warpgroups=(2, 4), halves=(1, 2), resident=(1, 2, 3), ahead=(0, 1, 2)),
+    "cuda_grouped_fp4_gemm": _grid(warpgroups=(2, 4), halves=(1, 2), resident=(1, 2, 3)),
 }
+
+
+Times = dict[str, dict[str, float]]  # a launch, as JSON -> a case's shape -> milliseconds
 
 
 @dataclass(slots=True)
 class Trial:
-    """One rule of one operation, and how long its candidates took: a launch -> milliseconds, case by case."""
+    """One rule of one operation, and how long its candidates took on each case that it decides."""
 
     operation: str
     rule: Rule
-    times: dict[str, list[float]] = field(default_factory=dict)
+    times: Times = field(default_factory=dict)
 
     def best(self) -> tuple[Launch, float]:
-        """The fastest launch that ran every case, and how much faster than the present one it is."""
-        present = json.dumps(tuning.launch_of(self.rule), sort_keys=True)
+        """The fastest launch that ran every case that the present one ran, and how much faster it is.
+
+        1 for the present one itself, which stays where the gain is noise.
+        """
+        present = _key(tuning.launch_of(self.rule))
+        cases = self.times.get(present)
+        if not cases:
+            return tuning.launch_of(self.rule), 1.0
         whole = {
-            launch: geometric_mean(times)
+            launch: geometric_mean(list(times.values()))
             for launch, times in self.times.items()
-            if len(times) == len(self.times[present])
+            if times.keys() == cases.keys()
         }
         fastest = min(whole, key=whole.__getitem__)
         gain = whole[present] / whole[fastest]
-        return json.loads(fastest if gain >= WORTH else present), max(gain, 1.0)
+        return (json.loads(fastest), gain) if gain >= WORTH else (json.loads(present), 1.0)
 
 
-def _launches(operation: str, rule: Rule) -> Iterator[Launch]:
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Trials of the groups that were timed whole, what failed with what it said, and whether none is left."""
+
+    trials: list[Trial]
+    failures: list[str]
+    finished: bool
+
+
+def _key(launch: Launch) -> str:
+    return json.dumps(launch, sort_keys=True)
+
+
+def _launches(operation: str, rule: Rule) -> list[Launch]:
     """The present launch first, then its candidates."""
     present = tuning.launch_of(rule)
-    seen = []
-    for launch in (present, *({**present, **change} for change in CANDIDATES.get(operation, ()))):
-        if launch not in seen:
-            seen.append(launch)
-            yield launch
+    launches = [present, *({**present, **change} for change in CANDIDATES.get(operation, ()))]
+    distinct = list({_key(launch): launch for launch in launches}.values())
+    return _buildable(distinct, "grouped" in operation) if operation.startswith("cuda_") else distinct
 
 
-def _compile_ahead(operation: str, launches: list[Launch]) -> None:
-    """Compile CUDA C++ on all processors: one after another takes a second each."""
-    if not operation.startswith("cuda_"):
-        return
+def _buildable(launches: list[Launch], grouped: bool) -> list[Launch]:
+    """The present launch, and those whose CUDA C++ can be had in both formats.
+
+    Where it cannot, another kernel would run and be timed. All processors compile: each takes a second.
+    """
+    device = torch.cuda.current_device()  # each thread has one of its own
+    with ThreadPoolExecutor() as pool:
+        built = pool.map(lambda launch: _builds(_key(launch), grouped, device), launches[1:])
+        return [launches[0], *(launch for launch, found in zip(launches[1:], built, strict=True) if found)]
+
+
+@cache
+def _builds(launch: str, grouped: bool, device: int) -> bool:
     from ..cuda import fp4_gemm as native
 
-    tiles = [native.Tile(**launch) for launch in launches]
-    choices = itertools.product(tiles, (True, False), ("grouped" in operation,))
-
-    def build(choice: tuple[native.Tile, bool, bool]) -> None:
-        with suppress(RuntimeError):  # it cannot be had, as its trial will find
-            native.build(*choice, torch.cuda.current_device())
-
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(build, choices))
+    try:
+        for nvfp4 in (True, False):
+            native.build(native.Tile(**json.loads(launch)), nvfp4, grouped, device)
+    except RuntimeError as error:  # too many registers, too little room for a ring
+        log.info("%s: %s", launch, said(error))
+        return False
+    return True
 
 
-def _time(case: Case, timer: Timer, operation: str, launch: Launch) -> list[float]:
-    """Milliseconds; none where this launch asks for more memory or registers than there are."""
+def _time(case: Case, timer: Timer, operation: str, launch: Launch) -> float:
+    """Milliseconds; infinite where this launch asks for more memory or registers than there are."""
     try:
         with tuning.trying(operation, launch):
-            return [timer.median_ms(case.call)]
-    except Exception as error:  # Triton's, the driver's, the compiler's
+            return timer.median_ms(case.call)
+    except Exception as error:  # Triton's, the driver's
         log.info("%s with %s: %s", operation, launch, said(error))
-        return []
+        return math.inf
 
 
-def _time_case(case: Case, timer: Timer, trials: dict[str, Trial]) -> int:
-    """Time every candidate of every rule that decides `case`; how many were timed."""
+def _time_launches(case: Case, timer: Timer, operation: str, launches: list[Launch]) -> dict[str, float]:
+    """Those that ran; the present one and the fastest are timed twice, as one of many is low by luck."""
+    times = {_key(launch): _time(case, timer, operation, launch) for launch in launches}
+    again = {_key(launches[0]), *sorted(times, key=times.__getitem__)[:FINALISTS]}
+    for launch in again:
+        times[launch] = (times[launch] + _time(case, timer, operation, json.loads(launch))) / 2
+    return {launch: ms for launch, ms in times.items() if ms < math.inf}
+
+
+def _try_case(case: Case, timer: Timer) -> list[Trial]:
+    """A trial of every rule that decides `case`."""
     with tuning.asked() as found:
         case.call()
-    timed = 0
-    for operation, rule in {json.dumps(pair, sort_keys=True): pair for pair in found}.values():
-        if operation not in CANDIDATES:
-            continue
-        trial = trials.setdefault(json.dumps((operation, rule), sort_keys=True), Trial(operation, rule))
-        launches = list(_launches(operation, rule))
-        _compile_ahead(operation, launches)
-        for launch in launches:
-            times = _time(case, timer, operation, launch)
-            trial.times.setdefault(json.dumps(launch, sort_keys=True), []).extend(times)
-            timed += len(times)
-    return timed
+    distinct = {_key({"operation": operation, "rule": rule}): (operation, rule) for operation, rule in found}
+    trials = []
+    for operation, rule in distinct.values():
+        if operation in CANDIDATES:
+            times = _time_launches(case, timer, operation, _launches(operation, rule))
+            trials.append(Trial(operation, rule, {launch: {case.shape: ms} for launch, ms in times.items()}))
+    return trials
+
+
+def _merged(trials: Iterable[Trial]) -> list[Trial]:
+    """One trial for each rule, with all its cases."""
+    merged: dict[str, Trial] = {}
+    for trial in trials:
+        key = _key({"operation": trial.operation, "rule": trial.rule})
+        whole = merged.setdefault(key, Trial(trial.operation, trial.rule))
+        for launch, times in trial.times.items():
+            whole.times.setdefault(launch, {}).update(times)
+    return list(merged.values())
 
 
 def tune(
@@ -149,22 +190,26 @@ def tune(
     timer: Timer,
     say: Say,
     out_of_time: Callable[[], bool] = lambda: False,
-) -> list[Trial]:
-    """Try every candidate on every case of `groups`."""
-    trials: dict[str, Trial] = {}
-    for group in groups.values():
+) -> Outcome:
+    """Try every candidate on every case of `groups`; of a group that is cut short nothing is kept."""
+    trials, failures = list[Trial](), list[str]()
+    for name, group in groups.items():
+        mine = list[Trial]()
         for case in group():
             if out_of_time():
-                say("time is up: rules whose cases were not all timed may change when they are")
-                return list(trials.values())
+                say(f"time is up: nothing of {name} is kept")
+                return Outcome(_merged(trials), failures, finished=False)
             try:
-                timed = _time_case(case, timer, trials)
+                found = _try_case(case, timer)
             except Exception as error:  # the case itself: what comes after it can still be tuned
-                say(f"failed: {case.operation} {case.shape}: {said(error)}")
+                failures.append(f"{case.operation} {case.shape}: {said(error)}")
+                say(f"failed: {failures[-1]}")
                 continue
-            say(f"{case.operation} {case.shape}: {timed} launches timed")
+            mine += found
+            say(f"{case.operation} {case.shape}: {sum(len(trial.times) for trial in found)} launches timed")
+        trials += mine
         torch.cuda.empty_cache()
-    return list(trials.values())
+    return Outcome(_merged(trials), failures, finished=True)
 
 
 def table(trials: Iterable[Trial], device: torch.device) -> dict[str, list[Rule]]:
@@ -175,16 +220,19 @@ def table(trials: Iterable[Trial], device: torch.device) -> dict[str, list[Rule]
         if gain < WORTH:
             continue
         rules = changed.setdefault(trial.operation, tuning.rules(trial.operation, device))
-        place = rules.index(trial.rule)
         when = {"when": trial.rule["when"]} if "when" in trial.rule else {}
-        rules[place] = {**when, **launch}
+        rules[rules.index(trial.rule)] = {**when, **launch}
     return {operation: _reachable(rules) for operation, rules in changed.items()}
 
 
 def _reachable(rules: list[Rule]) -> list[Rule]:
-    """Rules up to the first that always holds."""
-    last = next((i for i, rule in enumerate(rules) if "when" not in rule), len(rules) - 1)
-    return rules[: last + 1]
+    """Rules up to the first that always holds, each condition once: of equal ones the first decides."""
+    found: dict[str, Rule] = {}
+    for rule in rules:
+        found.setdefault(_key(rule.get("when", {})), rule)
+        if "when" not in rule:
+            break
+    return list(found.values())
 
 
 def write(path: Path, changed: Mapping[str, list[Rule]]) -> None:
@@ -197,4 +245,6 @@ def write(path: Path, changed: Mapping[str, list[Rule]]) -> None:
             continue
         lines = ",\n".join(f"    {json.dumps(rule)}" for rule in rules)
         entries.append(f"  {json.dumps(operation)}: [\n{lines}\n  ]")
-    path.write_text("{\n" + ",\n".join(entries) + "\n}\n")
+    written = path.with_name(f".{path.name}.new")
+    written.write_text("{\n" + ",\n".join(entries) + "\n}\n")
+    written.replace(path)

@@ -12,7 +12,7 @@
 //   STAGES      slots of the ring
 //   SPLIT       blocks of a cluster that share one tile, each with its part of k (then one tile a cluster)
 //   RESIDENT    blocks on one multiprocessor
-//   EARLY       stages of weights to fetch while the kernel ahead still runs; 0: none
+//   AHEAD       stages of weights to fetch while the kernel ahead still runs
 //   NVFP4       1: e5m3 scales for 16 columns, 0: E8M0 for 32
 //   GROUPED     1: an expert for each block of rows
 
@@ -100,7 +100,7 @@ struct Feeder {
   Steps steps;
   const TensorMap* x_map;
   Ring ring;
-  bool waited = GROUPED || !EARLY;
+  bool waited = GROUPED || !AHEAD;
 
   template <int N>
   __device__ __forceinline__ void weights(Tile<N> t, int k, u32 slot) {
@@ -133,7 +133,7 @@ struct Feeder {
     int ahead = steps.first;
     if (!waited) {
       // Nobody writes weights meanwhile: some come while the kernel ahead, which makes x, still runs.
-      ahead = min(steps.last, steps.first + min(EARLY, STAGES));
+      ahead = min(steps.last, steps.first + min(AHEAD, STAGES));
       for (int k = steps.first; k < ahead; ++k) weights(t, k, k - steps.first);
       wait_for_predecessor();
       let_successor_start();
@@ -404,7 +404,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) __cluster_dims__
   int stages = p.steps * 2 / HALVES;
   Steps steps{(int)part * stages / SPLIT, (int)(part + 1) * stages / SPLIT};
   bool feeding = threadIdx.x >= CONSUMERS;
-  if constexpr (GROUPED || !EARLY) {  // which expert a block has, the kernel ahead may still be writing
+  if constexpr (GROUPED || !AHEAD) {  // which expert a block has, the kernel ahead may still be writing
     wait_for_predecessor();
     let_successor_start();
   }

@@ -20,9 +20,8 @@ log = logging.getLogger(__name__)
 
 SHARED_BYTES = 227 << 10  # what the blocks of one multiprocessor share on sm_90, 1 KiB more for each of them
 MOST_STAGES = 12
-LEAST_STAGES = (
-    2  # a stage is given back while the next one is multiplied: one alone would be waited for forever
-)
+# A stage is given back while the next one is multiplied: one alone would be waited for forever.
+LEAST_STAGES = 2
 MOST_SPLIT = 8  # blocks of a cluster on any device
 
 
@@ -37,7 +36,7 @@ class Tile:
     resident: int = 1
     group: int = 1
     stages: int = MOST_STAGES
-    early: int = 0  # stages of weights that are fetched before what the kernel ahead writes may be read
+    ahead: int = 0
 
     @property
     def threads(self) -> int:
@@ -125,7 +124,7 @@ def source(tile: Tile, nvfp4: bool, grouped: bool) -> tuple[str, dict[str, str],
         "STAGES": tile.ring(nvfp4),
         "SPLIT": tile.split,
         "RESIDENT": tile.resident,
-        "EARLY": tile.early,
+        "AHEAD": tile.ahead,
         "NVFP4": int(nvfp4),
         "GROUPED": int(grouped),
     }
@@ -193,5 +192,5 @@ def launch(x: Tensor, w: Fp4Weights, experts: Tensor | None, block: int, out: Te
     if tile.split == 1:
         clusters = min(clusters, multiprocessors(x.device.index) * tile.resident)
     arguments = (*(int(m.getPtr()) for m in maps), ctypes.addressof(problem))
-    kernel.launch(clusters * tile.split, tile.threads, arguments, early=experts is None or tile.early > 0)
+    kernel.launch(clusters * tile.split, tile.threads, arguments, early=experts is None)
     return True

@@ -58,7 +58,7 @@ __device__ __forceinline__ void send(u32 to, u32 barrier, const float* x) {
       : "memory");
 }
 
-// Launched early: the kernel ahead has ended, and what it wrote is there. Nothing to wait for otherwise.
+// Until the kernel ahead has ended and what it wrote is there; at once in a kernel that was not launched early.
 __device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // The kernel behind may be launched, once every block says so. Only after the wait: it may read what was written
