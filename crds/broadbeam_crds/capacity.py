@@ -198,7 +198,7 @@ class WeightFormats:
 
 def weight_formats(pool: Pool, engine: Engine, shape: Architecture) -> WeightFormats:
     """What `auto` comes to. Engine broadbeam holds all weights in one unquantised type."""
-    plain = _OF_DTYPE.get(engine.dtype, "fp32" if shape.weights == "fp32" else "bf16")
+    plain = _unquantised(pool, engine, shape)
     if engine.name == "broadbeam":
         return WeightFormats(plain, plain, plain)
     quantised = shape.weights in ("fp8", "mxfp4", "nvfp4")
@@ -212,12 +212,18 @@ def weight_formats(pool: Pool, engine: Engine, shape: Architecture) -> WeightFor
     )
 
 
+def _unquantised(pool: Pool, engine: Engine, shape: Architecture) -> str:
+    """What `engine.dtype` comes to; `auto` is float32 for engine broadbeam on CPUs, else the checkpoint's."""
+    on_cpus = engine.name == "broadbeam" and pool.accelerator.resource == "cpu"
+    return _OF_DTYPE.get(engine.dtype, "fp32" if on_cpus or shape.weights == "fp32" else "bf16")
+
+
 def kv_bytes_per_token(pool: Pool, engine: Engine, shape: Architecture) -> int:
     """On one rank, all layers. Latent attention is not cut by `tensor`; key-value heads are."""
     if engine.name == "sim":
         return (engine.sim or Simulation()).kv_bytes_per_token
     chosen = pool.precision.kv_cache
-    plain = _OF_DTYPE.get(engine.dtype, "fp32" if shape.weights == "fp32" else "bf16")
+    plain = _unquantised(pool, engine, shape)
     width = kv_width(shape)
     if shape.latent_attention is None:
         width //= min(pool.parallelism.tensor, shape.key_value_heads)

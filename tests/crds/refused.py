@@ -447,21 +447,21 @@ REFUSED: list[Row] = [
     Row(
         "a cache smaller than one sequence",
         alone(kvCache={"memory": "1Mi"}, model=TINY_MODEL),
-        "spec.pools[main].kvCache.memory: 1Mi holds 224 tokens of 4608 bytes, in blocks of 16; a sequence of "
+        "spec.pools[main].kvCache.memory: 1Mi holds 112 tokens of 9216 bytes, in blocks of 16; a sequence of "
         "spec.model.maxModelLen needs 1024",
         by="operator",
     ),
     Row(
         "a cache smaller than the model's own length",
         alone(kvCache={"memory": "1Mi"}, model={"name": "tiny", "source": "tiny://deepseek-v3"}),
-        "spec.pools[main].kvCache.memory: 1Mi holds 224 tokens of 4608 bytes, in blocks of 16; a sequence of "
+        "spec.pools[main].kvCache.memory: 1Mi holds 112 tokens of 9216 bytes, in blocks of 16; a sequence of "
         "the model's own limit needs 4096",
         by="operator",
     ),
     Row(
         "a cache that loses a sequence to whole blocks",
-        alone(kvCache={"memory": 1000 * 4608, "blockSize": 64}, model=TINY_MODEL | {"maxModelLen": 1000}),
-        "spec.pools[main].kvCache.memory: 4608000 holds 960 tokens of 4608 bytes, in blocks of 64; a "
+        alone(kvCache={"memory": 1000 * 9216, "blockSize": 64}, model=TINY_MODEL | {"maxModelLen": 1000}),
+        "spec.pools[main].kvCache.memory: 9216000 holds 960 tokens of 9216 bytes, in blocks of 64; a "
         "sequence of spec.model.maxModelLen needs 1024",
         by="operator",
     ),
@@ -503,8 +503,8 @@ REFUSED: list[Row] = [
     Row(
         "weights and cache beyond the pod",
         alone(resources={"memory": "64Mi"}),
-        "spec.pools[main]: does not fit: a rank needs 17.0 MiB of weights + 64.0 MiB of KV cache = "
-        "81.0 MiB, and has 64.0 MiB",
+        "spec.pools[main]: does not fit: a rank needs 33.9 MiB of weights + 64.0 MiB of KV cache = "
+        "97.9 MiB, and has 64.0 MiB",
         by="operator",
     ),
 ]

@@ -189,6 +189,31 @@ def test_ranks_on_cpus_share_the_memory_of_their_pod() -> None:
     assert device_bytes(shared) == 2 * GIB
 
 
+@pytest.mark.parametrize(
+    ("engine", "resource", "dtype", "value_bytes"),
+    [
+        pytest.param("broadbeam", "cpu", "auto", 4, id="float32 on CPUs, whatever the checkpoint holds"),
+        pytest.param("broadbeam", "nvidia.com/gpu", "auto", 2, id="the checkpoint's on a GPU"),
+        pytest.param("broadbeam", "cpu", "bfloat16", 2, id="what the manifest says"),
+        pytest.param("vllm", "cpu", "auto", 2, id="another engine"),
+    ],
+)
+def test_weights_and_cache_are_counted_in_the_type_that_the_engine_takes(
+    engine: str, resource: str, dtype: str, value_bytes: int
+) -> None:
+    laptop = load_manifest(EXAMPLES / "laptop.yaml")
+    (found,) = capacities(
+        serving_cluster(
+            pools=[pool(accelerator={"resource": resource, "perNode": 1})],
+            engine={"name": engine, "dtype": dtype},
+            model={"name": laptop.spec.model.name, "source": laptop.spec.model.source},
+        )
+    )
+
+    assert found.kv_bytes_per_token == 30 * 2 * 3 * 64 * value_bytes
+    assert found.weight_bytes == pytest.approx(134.5e6 * value_bytes, rel=0.01)
+
+
 def test_an_unknown_model_is_counted_but_not_weighed() -> None:
     (found,) = capacities(
         serving_cluster(pools=[pool(data=4, nodes=2, groups=3)], model={"name": "x", "source": "hf://a/x"})

@@ -163,7 +163,9 @@ class Engine(ApiModel):
         None, min_length=1, max_length=512, description="Container image. Unset: the operator's default."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Type of activations and unquantised weights. auto: what the checkpoint says."
+        "auto",
+        description="Type of activations and unquantised weights. auto: what the checkpoint says; float32 "
+        "for engine broadbeam on CPUs.",
     )
     threads: int = Field(
         0, ge=0, le=1024, description="CPU threads of one rank. 0: the node's cores shared among its ranks."
