@@ -101,7 +101,7 @@ def cluster(**spec: Any) -> ServingCluster:
         pytest.param(
             cluster(pools=[pool("both", groups=4, kvCache={"memory": "2Gi"})]),
             LAPTOP,
-            "not enough memory: the ranks need 9.2 GiB (both 4 x 2.3), 8.0 GiB is available; "
+            "not enough memory: the ranks need 9.3 GiB (both 4 x 2.3), 8.0 GiB is available; "
             "lower spec.pools[].kvCache.memory, groups or parallelism.data",
             id="too little memory",
         ),
