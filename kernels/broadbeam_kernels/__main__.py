@@ -185,20 +185,17 @@ def _bench(arguments: argparse.Namespace) -> int:
     return FAILED if outcome.failures else DONE
 
 
-def _table(arguments: argparse.Namespace) -> Path:
-    """Where `tune` writes."""
-    return arguments.table or TUNED / f"{device_name(torch.cuda.current_device())}.json"
-
-
 def _tune(arguments: argparse.Namespace) -> int:
     refusal = _refusal(arguments)
-    if refusal is None and not os.access(_table(arguments).parent, os.W_OK):
-        refusal = f"{_table(arguments).parent} cannot be written: name a file with --table"
+    folder = arguments.table.parent if arguments.table else TUNED
+    if refusal is None and not os.access(folder, os.W_OK):
+        refusal = f"{folder} cannot be written: name a file with --table"
     if refusal is not None:
         print(refusal, file=sys.stderr)
         return REFUSED
     deadline = time.monotonic() + 60 * arguments.minutes
     device = torch.device("cuda", torch.cuda.current_device())
+    path = arguments.table or TUNED / f"{device_name(device.index)}.json"
     outcome = tune.tune(
         {name: GROUPS[name] for name in arguments.operations or GROUPS},
         Timer(arguments.budget_ms),
@@ -208,7 +205,6 @@ def _tune(arguments: argparse.Namespace) -> int:
     for trial in outcome.trials:
         launch, gain = trial.best()
         print(f"{trial.operation} {trial.rule.get('when', '')}: {gain:.3f}x with {launch}")
-    path = _table(arguments)
     tune.write(path, tune.table(outcome.trials, device))
     print(f"written to {path}")
     if not outcome.finished:

@@ -56,10 +56,12 @@ def _eager(x: torch.Tensor, fmt: Format) -> Quantized:
             return oracle.quantize_fp8_block(x, fmt)
 
 
-def _quantizing(shape: str, fmt: Format, fixed: Callable[[torch.Tensor], Quantized] | None) -> Iterator[Case]:
-    """Quantise, then dequantise; `fixed` quantises with a global scale that is given."""
+Quantizer = Callable[[torch.Tensor], Quantized]
+
+
+def _quantizing(shape: str, call: Quantizer, eager: Quantizer) -> Iterator[Case]:
+    """Quantise, the oracle beside, then dequantise."""
     x = gaussian(ROWS, HIDDEN)
-    call = fixed or partial(quantize, fmt=fmt)
     coded = call(x)
     moved = nbytes(x) + coded.nbytes
 
@@ -69,8 +71,7 @@ def _quantizing(shape: str, fmt: Format, fixed: Callable[[torch.Tensor], Quantiz
     def dequantizing() -> Call:
         return partial(dequantize, call(gaussian(ROWS, HIDDEN)))
 
-    eager = {"torch": ready(partial(_eager, x, fmt))}
-    yield Case("quantize", shape, partial(call, x), moved, peers=eager)
+    yield Case("quantize", shape, partial(call, x), moved, peers={"torch": ready(partial(eager, x))})
     yield in_a_row("quantize", shape, quantizing, moved)
     yield Case("dequantize", shape, partial(dequantize, coded), moved)
     yield in_a_row("dequantize", shape, dequantizing, moved)
@@ -85,7 +86,9 @@ def quantizers() -> Iterator[Case]:
     size = f"{ROWS}x{HIDDEN}"
     g = torch.tensor([3.0], device="cuda")
     for name, nv in (("nvfp4 linear", NVFP4), ("nvfp4 swizzled", NVFP4_SWIZZLED)):
-        yield from _quantizing(f"{name} {size}", nv, partial(quantize_nvfp4, fmt=nv, global_scale=g))
+        ours = partial(quantize_nvfp4, fmt=nv, global_scale=g)
+        eager = partial(oracle.quantize_nvfp4, fmt=nv, global_scale=g)
+        yield from _quantizing(f"{name} {size}", ours, eager)
     # A computed global scale needs the tensor's maximum first: one more reading of it.
     for name, nv in (("nvfp4 linear", NVFP4), ("nvfp4 swizzled", NVFP4_SWIZZLED)):
         x, shape = gaussian(ROWS, HIDDEN), f"{name}, computed global {size}"
@@ -93,7 +96,7 @@ def quantizers() -> Iterator[Case]:
         yield Case("quantize", shape, partial(quantize, x, nv), moved)
         yield in_a_row("quantize", shape, partial(_computing, nv), moved)
     for name, fmt in FORMATS.items():
-        yield from _quantizing(f"{name} {size}", fmt, None)
+        yield from _quantizing(f"{name} {size}", partial(quantize, fmt=fmt), partial(_eager, fmt=fmt))
 
 
 def silu() -> Iterator[Case]:

@@ -107,9 +107,8 @@ class LiveView:
             (now.state or "Starting", _state_style(now)),
             f"  {self._clock}",
         )
-        return Group(
-            head, table(now, self._live.console.width), Text(traffic(now.throughput, self._rate), style="dim")
-        )
+        foot = Text(traffic(now.throughput, self._rate), style="dim")
+        return Group(head, table(now, self._live.console.width), foot)
 
 
 def tokens_per_s(before: Progress, now: Progress) -> float:

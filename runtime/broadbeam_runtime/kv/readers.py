@@ -30,9 +30,8 @@ from broadbeam_runtime.kv.transport import TransferError, Transport
 
 HEARTBEAT_S = 5.0  # while requests wait; at most a quarter of the lease
 BUSY_HEARTBEAT_S = 1.0  # while blocks are read, to notice a lost peer
-STALL_S = (
-    30.0  # reads none of which ends for so long, beside the time that their bytes may take, are given up
-)
+# Reads none of which ends for so long, beside the time that their bytes may take, are given up.
+STALL_S = 30.0
 SLOWEST_BYTES_S = 100e6  # a tenth of what TCP moves on one core
 
 

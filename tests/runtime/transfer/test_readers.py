@@ -40,6 +40,7 @@ class StuckTransport(SimulatedTransport):
 
 
 Connect = Callable[[SimulatedTransport], PullConnector]
+Stuck = tuple[StuckTransport, PullConnector, PullConnector]
 
 
 @pytest.fixture
@@ -54,6 +55,16 @@ def connect() -> Iterator[Connect]:
     yield connect
     for connector in connectors:
         connector.stop()
+
+
+@pytest.fixture
+def stuck(connect: Connect) -> Stuck:
+    """The transport whose reads do not move, a prefill rank, and a decode rank that reads from it."""
+    transport = StuckTransport()
+    transport.quiet = True
+    prefill, decode = connect(SimulatedTransport("tcp", 1e9)), connect(transport)
+    decode.pull("a", prefill.hold("a", [1, 2], 32), [3, 4])
+    return transport, prefill, decode
 
 
 def until(ask: Callable[[], Any]) -> Any:
@@ -91,13 +102,10 @@ def test_a_peer_that_refuses_connections_is_not_waited_for(connect: Connect) -> 
 
 
 def test_reads_that_do_not_move_are_given_up_though_their_peer_answers(
-    connect: Connect, monkeypatch: pytest.MonkeyPatch
+    stuck: Stuck, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(readers, "STALL_S", 0.3)
-    transport = StuckTransport()
-    transport.quiet = True
-    prefill, decode = connect(SimulatedTransport("tcp", 1e9)), connect(transport)
-    decode.pull("a", prefill.hold("a", [1, 2], 32), [3, 4])
+    transport, prefill, decode = stuck
     (result,) = until(decode.pulled)
     assert isinstance(result, PullResult)
     assert (result.error or "").startswith("no block came from the prefill rank at 127.")
@@ -106,14 +114,9 @@ def test_reads_that_do_not_move_are_given_up_though_their_peer_answers(
     until(lambda: transport.reads == 2)
 
 
-def test_a_read_among_others_that_end_is_not_given_up(
-    connect: Connect, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_read_among_others_that_end_is_not_given_up(stuck: Stuck, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "STALL_S", 2.0)
-    transport = StuckTransport()
-    transport.quiet = True
-    prefill, decode = connect(SimulatedTransport("tcp", 1e9)), connect(transport)
-    decode.pull("a", prefill.hold("a", [1, 2], 32), [3, 4])
+    transport, prefill, decode = stuck
     until(lambda: transport.reads)
     began = time.monotonic()
     while time.monotonic() - began < 3:  # each of these ends at once, well within the limit
